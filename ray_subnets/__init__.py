@@ -1,0 +1,49 @@
+"""Subnetwork ensembles: one trained parent in, one calibrated ensemble out.
+
+    import ray_subnets as rs
+    ensemble = rs.load("runs/quickstart")      # an nn.Module
+    probabilities = ensemble(images)           # (N, C)
+
+Names are imported on first use, so that `import ray_subnets` is quick and never imports Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_subnets.data import Data as Data
+    from ray_subnets.data import Preprocess as Preprocess
+    from ray_subnets.data import Split as Split
+    from ray_subnets.driver import load as load
+    from ray_subnets.ensemble import Ensemble as Ensemble
+    from ray_subnets.recipes import ChildResult as ChildResult
+    from ray_subnets.recipes import ChildSpec as ChildSpec
+    from ray_subnets.recipes import Training as Training
+    from ray_subnets.spawn import spawn as spawn
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ChildResult": "recipes",
+    "ChildSpec": "recipes",
+    "Data": "data",
+    "Ensemble": "ensemble",
+    "Preprocess": "data",
+    "Split": "data",
+    "Training": "recipes",
+    "load": "driver",
+    "spawn": "spawn",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ray_subnets' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ray_subnets.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

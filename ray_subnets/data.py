@@ -1,0 +1,178 @@
+"""Data sets as tensors, and batches of them.
+
+A data set is small enough to live on the device (Fashion-MNIST 47 MB, CIFAR 150 MB as bytes):
+images stay uint8, and crop, flip and normalisation run there, a batch at a time. A batch depends
+only on (seed, epoch, position), so an interrupted epoch can be done again from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ray_subnets.recipes import derive
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images` `(N, *shape)`, uint8 or floating point; `labels` `(N,)` int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, index: Tensor) -> Split:
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From stored images to network input.
+
+    uint8 images are divided by 255, then `(x - mean) / std` per channel. Floating-point inputs are
+    taken as they are: the network's own input, already normalised.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            return images.float()
+        shape = (1, -1) + (1,) * (images.dim() - 2)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: three disjoint splits. Fitness and calibration use `validation`, never `test`."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    preprocess: Preprocess
+    crop: int = 0
+    """pixels of zero padding before a random crop to the original size; 0: none"""
+    flip: bool = False
+    """random horizontal flip"""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.train.images.shape[1:])
+
+    def to(self, device: torch.device) -> Data:
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+        )
+
+
+def check(data: Data) -> Data:
+    """The same data, once it is known to be usable.
+
+    Raises:
+        ValueError: an empty split, labels outside the classes, NaN or infinite inputs, or images
+            and labels that do not fit together; the message names the split and the sample.
+    """
+    for name in ("train", "validation", "test"):
+        split: Split = getattr(data, name)
+        if len(split.images) != len(split.labels):
+            raise ValueError(
+                f"data: {name} has {len(split.images)} images and {len(split.labels)} labels"
+            )
+        if len(split) == 0:
+            raise ValueError(f"data: the {name} split is empty")
+        if split.images.shape[1:] != data.train.images.shape[1:]:
+            raise ValueError(
+                f"data: {name} images are {tuple(split.images.shape[1:])}, "
+                f"train images {data.input_shape}"
+            )
+        wrong = (split.labels < 0) | (split.labels >= data.num_classes)
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"data: {name} label {int(split.labels[at])} (sample {at}) is outside the "
+                f"{data.num_classes} classes 0 to {data.num_classes - 1}"
+            )
+        if split.images.is_floating_point():
+            bad = ~split.images.flatten(1).isfinite().all(1)
+            if bad.any():
+                raise ValueError(
+                    f"data: {name} has {int(bad.sum())} samples with NaN or infinite values, "
+                    f"the first is sample {int(bad.nonzero()[0])}; remove or repair them"
+                )
+    return data
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`x` network inputs `(n, *shape)`, `y` labels `(n,)`, `size` to divide the summed loss by."""
+
+    x: Tensor
+    y: Tensor
+    size: float
+
+
+def _random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Each image shifted by its own random offset, zeros coming in (`(n, c, h, w)`)."""
+    n, _, h, w = x.shape
+    dy, dx = torch.randint(2 * padding + 1, (2, n), generator=generator, device=x.device)
+    rows = dy[:, None] + torch.arange(h, device=x.device)
+    columns = dx[:, None] + torch.arange(w, device=x.device)
+    padded = pad(x, (padding,) * 4).permute(0, 2, 3, 1)
+    index = torch.arange(n, device=x.device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Shuffled, augmented, normalised training batches of one data set.
+
+    `rank` of `world` takes every world-th sample of each global batch; the draws are those of the
+    whole batch, so the union over ranks is the batch of a single process.
+    """
+
+    data: Data
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch; the last batch may be smaller."""
+        return -(-len(self.data.train) // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of epoch `epoch` (from 0)."""
+        train = self.data.train
+        device = train.images.device
+        shuffle = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        order = torch.randperm(len(train), generator=shuffle).to(device)
+        augment = torch.Generator(device).manual_seed(derive(self.seed, "augment", epoch))
+        for index in order.split(self.batch_size):
+            x = train.images[index]
+            if self.data.crop:
+                x = _random_crop(x, self.data.crop, augment)
+            if self.data.flip:
+                flipped = torch.rand(len(x), generator=augment, device=device) < 0.5
+                x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+            x = self.data.preprocess(x)
+            y = train.labels[index]
+            # DDP averages gradients over ranks, so each rank divides by its share of the batch.
+            yield Batch(x[self.rank :: self.world], y[self.rank :: self.world], len(index) / self.world)

@@ -1,0 +1,314 @@
+"""The main job: config -> parent -> recipes -> children -> selection -> ensemble, in a run folder.
+
+The driver submits jobs to a pool and reads reports. It does not know whether the pool is this
+process or a cluster, and nothing it computes depends on that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_subnets import config as config_
+from ray_subnets import datasets, environment, masks, models
+from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.config import Config
+from ray_subnets.data import Data, Preprocess
+from ray_subnets.ensemble import Ensemble
+from ray_subnets.flat import flatten
+from ray_subnets.flops import Cost, forward_cost
+from ray_subnets.population import (
+    Pool,
+    Report,
+    Task,
+    load_weights,
+    restore,
+    stored_result,
+)
+from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
+from ray_subnets.selection import Decision, select
+from ray_subnets.spawn import kept_fraction
+from ray_subnets.summary import LABELS, summarise
+
+Listener = Callable[[Report], None]
+Select = Callable[[Mapping[str, Result]], list[Decision]]
+
+
+def load_data(config: Config) -> Data:
+    """The run's data set, on the CPU.
+
+    Raises:
+        ValueError: see `datasets.load`.
+    """
+    options = config.data.model_dump()
+    return datasets.load(options.pop("name"), **options)
+
+
+def build(config: Config, data: Data) -> nn.Module:
+    """The run's network, checked to fit data and recipes.
+
+    Raises:
+        ValueError: unknown network or option, or nothing in it to mask.
+    """
+    model = models.build(
+        config.model.name, data.input_shape, data.num_classes, config.model.options, seed=0
+    )
+    for spec in config.specs():
+        masks.maskable(model, classifier=spec.mask_classifier)
+    return model
+
+
+def jobs(config: Config) -> list[Job]:
+    """Every job of a run: parent, single model (if any), children."""
+    single = config.single_job()
+    return [config.parent_job(), *([single] if single else []), *config.specs()]
+
+
+def prepare(config: Config, data: Data, folder: RunFolder) -> Cost:
+    """Check that the run can be done, and write what does not depend on it.
+
+    Raises:
+        ValueError: the network does not fit.
+    """
+    cost = forward_cost(build(config, data), data.input_shape)
+    folder.write(CONFIG, config.to_yaml().encode())
+    folder.write_json("environment.json", environment.describe())
+    labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}
+    folder.save_arrays(LABELS, labels)
+    return cost
+
+
+def task_of(config: Config, folder: RunFolder) -> Task:
+    return config.task(str(folder))
+
+
+def run(
+    config: Config,
+    data: Data,
+    folder: RunFolder,
+    pool: Pool,
+    *,
+    cost: Cost,
+    listen: Listener = lambda report: None,
+    choose: Select | None = None,
+) -> dict[str, Any]:
+    """Do every job that has no result yet; select; write `ensemble.json` and `result.json`.
+
+    Args:
+        listen: called with every report, for progress and logs.
+        choose: decisions from results; default `selection.select`. (On Ray, the selection actor.)
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ValueError: the parent diverged, or no child is left. What was computed stays in the folder.
+    """
+    began = time.time()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.resources.threads)
+    try:
+        results = _work(config, folder, pool, listen)
+        specs = config.specs()
+        decisions = (choose or _choose(config))({spec.id: results[spec.id] for spec in specs})
+        if not any(decision.selected for decision in decisions):
+            raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
+        _write_members(config, data, folder, results, decisions)
+        start = min(result.started for result in results.values())
+        end = max(result.started + result.seconds for result in results.values())
+        record = summarise(
+            folder,
+            how=config.combine,
+            include_parent=config.include_parent,
+            specs=specs,
+            results=results,
+            decisions=decisions,
+            cost=cost,
+            densities=_densities(config, data),
+            times={"start": start, "wall_seconds": end - start},
+        )
+        record["name"], record["seed"] = config.name, config.seed
+        record["data"] = _describe_data(data)
+        record["environment"] = folder.read_json("environment.json") | {
+            "driver_seconds": time.time() - began
+        }
+        folder.write_json("result.json", record)
+        return record
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> dict[str, Result]:
+    """Run parent, single model and children; finished ones are read from the folder."""
+    results: dict[str, Result] = {}
+    specs = config.specs()
+
+    def submit(job: Job) -> None:
+        known = stored_result(folder, job)
+        if known is not None:
+            results[job.id] = known
+            listen(known)
+        else:
+            pool.submit(job)
+
+    def spawn_children() -> None:
+        stored = results["parent"].weights
+        assert stored
+        pool.share(flatten(folder.load_tensors(stored)))
+        # Longest first, so that the last child to finish is a short one.
+        for spec in sorted(specs, key=lambda spec: (-spec.epochs, spec.id)):
+            submit(spec)
+
+    submit(config.parent_job())
+    single = config.single_job()
+    if single:
+        submit(single)
+    if "parent" in results:
+        spawn_children()
+    for report in pool.reports():
+        listen(report)
+        if isinstance(report, Result):
+            results[report.id] = report
+            if report.id == "parent":
+                spawn_children()
+    return results
+
+
+def _choose(config: Config) -> Select:
+    def choose(results: Mapping[str, Result]) -> list[Decision]:
+        return decide(results, config.select.count, config.select.by)
+
+    return choose
+
+
+def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[Decision]:
+    """`selection.select` of children's results."""
+    return select(
+        {id: r.fitness if isinstance(r, ChildResult) else None for id, r in results.items()},
+        count,
+        by=by,
+        errors={id: r.error for id, r in results.items() if r.error},
+    )
+
+
+def _densities(config: Config, data: Data) -> dict[str, dict[str, float]]:
+    """Child id -> kept fraction of each weight it masks; empty for children without zeros."""
+    model = build(config, data)
+    names = {flag: list(masks.maskable(model, classifier=flag)) for flag in _flags(config)}
+    result = {}
+    for spec in config.specs():
+        kept = kept_fraction(spec)
+        result[spec.id] = dict.fromkeys(names[spec.mask_classifier], kept) if kept < 1 else {}
+    return result
+
+
+def _flags(config: Config) -> set[bool]:
+    return {spec.mask_classifier for spec in config.specs()}
+
+
+def _describe_data(data: Data) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "test": len(data.test),
+        "input_shape": list(data.input_shape),
+        "num_classes": data.num_classes,
+    }
+
+
+# --- the ensemble on disk -----------------------------------------------------------------------
+
+
+def _write_members(
+    config: Config,
+    data: Data,
+    folder: RunFolder,
+    results: Mapping[str, Result],
+    decisions: Sequence[Decision],
+) -> None:
+    """`ensemble.json`: all that `load` needs, with the hash of every file."""
+    selected = {decision.id for decision in decisions if decision.selected}
+    parent = results["parent"].weights
+    assert parent
+    members = []
+    for spec in config.specs():
+        if spec.id in selected:
+            weights = results[spec.id].weights
+            members.append(
+                {"recipe": spec.to_json(), "weights": asdict(weights) if weights else None}
+            )
+    folder.write_json(
+        "ensemble.json",
+        {
+            "format": 1,
+            "model": config.model.model_dump(),
+            "input_shape": list(data.input_shape),
+            "num_classes": data.num_classes,
+            "mean": list(data.preprocess.mean),
+            "std": list(data.preprocess.std),
+            "combine": config.combine,
+            "include_parent": config.include_parent,
+            "parent": asdict(parent),
+            "members": members,
+        },
+    )
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
+    """The ensemble of a finished run, ready to predict.
+
+    Args:
+        run: a run folder.
+
+    Returns:
+        A module in evaluation mode: inputs `(N, *shape)` -> probabilities `(N, C)`.
+
+    Raises:
+        ValueError: not a finished run folder, or a file in it is damaged.
+
+    Example:
+        >>> ensemble = load("runs/quickstart")  # doctest: +SKIP
+        >>> ensemble(images).argmax(1)  # doctest: +SKIP
+    """
+    folder = RunFolder.open(run, needs="ensemble.json")
+    record = folder.read_json("ensemble.json")
+    try:
+        options = dict(record["model"])
+        name = options.pop("name")
+        shape, classes = record["input_shape"], record["num_classes"]
+        parent_file = Stored(**record["parent"])
+        preprocess = Preprocess(tuple(record["mean"]), tuple(record["std"]))
+        recipes = [
+            (ChildSpec.from_json(m["recipe"]), Stored(**m["weights"]) if m["weights"] else None)
+            for m in record["members"]
+        ]
+        combine, include_parent = record["combine"], record["include_parent"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/ensemble.json: incomplete or of another version ({error})") from None
+    needs_parent = include_parent or any(stored is None for _, stored in recipes)
+    parent = folder.load_tensors(parent_file) if needs_parent else {}
+    members, ids = [], []
+    if include_parent:
+        network = models.build(name, shape, classes, options, seed=0)
+        load_weights(network, parent, f"{folder}/{parent_file.file}")
+        members.append(network)
+        ids.append("parent")
+    for spec, stored in recipes:
+        network = models.build(name, shape, classes, options, seed=0)
+        restore(folder, network, parent, spec, stored)
+        members.append(network)
+        ids.append(spec.id)
+    ensemble = Ensemble(members, ids=ids, preprocess=preprocess, combine=combine)
+    return ensemble.to(device).eval().requires_grad_(False)
+
+
+def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
+    """The configuration a run folder was made with."""
+    return config_.parse(folder.read(CONFIG).decode(), f"{folder}/{CONFIG}", overrides)

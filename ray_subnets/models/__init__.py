@@ -1,0 +1,122 @@
+"""Networks by name: our own, torchvision's, or the user's by import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
+from ray_subnets.models.mlp import mlp
+from ray_subnets.models.wide_resnet import WideResNet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "lenet_s": lenet_s,
+    "lenet_m": lenet_m,
+    "lenet_l": lenet_l,
+    "wide_resnet": WideResNet,
+}
+
+
+def import_path(path: str, key: str) -> Callable[..., Any]:
+    """The object that `package.module:name` points to.
+
+    Raises:
+        ValueError: no such module or name; the message names `key`.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{key}: cannot import {path!r} ({error}); the module must be installed or lie in the "
+            "folder where the command runs"
+        ) from None
+    except AttributeError:
+        raise ValueError(f"{key}: module {module_name!r} has no {name!r}") from None
+    if not callable(target):
+        raise ValueError(f"{key}: {path!r} is not a function or class")
+    return target
+
+
+def _call(build: Callable[..., Any], key: str, offered: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Call `build` with the options, and with what is offered as far as it takes it."""
+    parameters = inspect.signature(build).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [name for name in parameters if name not in offered]
+    for name in options:
+        if name not in parameters and not takes_all:
+            raise ValueError(
+                f"{key}.{name}: unknown option"
+                + (f"; this one has {', '.join(known)}" if known else "; this one has none")
+            )
+    given = {name: value for name, value in offered.items() if name in parameters or takes_all}
+    try:
+        inspect.signature(build).bind(**given, **options)
+    except TypeError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return build(**given, **options)
+
+
+def build(
+    name: str, input_shape: Sequence[int], num_classes: int, options: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """A network with initial weights drawn from `seed`, checked to give `(N, num_classes)`.
+
+    Args:
+        name: a key of `MODELS`, `torchvision/<name>`, or `package.module:function`. A user's
+            function is given `input_shape` and `num_classes` if it has parameters of these names.
+
+    Raises:
+        ValueError: unknown name or option, or a network that does not fit the data.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        offered = {"input_shape": tuple(input_shape), "num_classes": num_classes}
+        if name in MODELS:
+            model = _call(MODELS[name], "model", offered, dict(options))
+        elif name.startswith("torchvision/"):
+            from torchvision.models import get_model_builder
+
+            try:
+                builder = get_model_builder(name.removeprefix("torchvision/"))
+            except ValueError as error:
+                raise ValueError(f"model: {error}") from None
+            model = builder(weights=None, num_classes=num_classes, **options)
+        elif ":" in name:
+            model = _call(import_path(name, "model"), "model", offered, dict(options))
+        else:
+            raise ValueError(
+                f"model: unknown network {name!r}; known: {', '.join(MODELS)}, torchvision/NAME, "
+                "or your own as package.module:function"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
+        _check_output(model, name, tuple(input_shape), num_classes)
+    return model
+
+
+def _check_output(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model: {name!r} does not take inputs of shape {shape}: {reason}") from None
+    finally:
+        model.train(training)
+    got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if got != (2, num_classes):
+        raise ValueError(
+            f"model: {name!r} gives {got} for 2 inputs, but the data has {num_classes} classes; "
+            f"it must return logits of shape (2, {num_classes})"
+        )

@@ -1,0 +1,188 @@
+"""The messages: what a driver sends to a worker and what comes back.
+
+Everything here is a frozen dataclass of plain numbers and strings, so it travels as a few hundred
+bytes of JSON. Bounds are written once, as annotations; `config.py` enforces them on user input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+
+
+def derive(seed: int, *path: str | int) -> int:
+    """A 62-bit seed for one purpose, from the run's seed and the purpose's name.
+
+    Independent streams without bookkeeping: nothing has to be drawn in a given order, so any child
+    or epoch can be made again alone.
+    """
+    text = "/".join([str(seed), *map(str, path)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one network is trained: enough to do it again, given data and a seed."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    epochs: Annotated[int, Ge(0)]
+    """passes over the training images"""
+    batch_size: Count = 128
+    """global: images per optimizer step, over all devices together"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["decay", "one_cycle", "constant"] = "decay"
+    """decay: constant half way, then linear to 1 % (parent); one_cycle: children (Fig 5.3)"""
+    lr: Positive = 0.1
+    """learning rate; the peak of it for one_cycle"""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """of SGD; one_cycle moves it between 0.95 and 0.85 instead"""
+    nesterov: bool = True
+    weight_decay: NonNegative = 5e-4
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildSpec:
+    """A child is a recipe: with the parent's weights it gives the child, bit for bit."""
+
+    id: str
+    """unique in a run and safe as a file name: `sparse-003`"""
+    method: str
+    """noisy, sparse or stochastic"""
+    seed: int
+    """of mask and noise; siblings of one partition or mirrored pair share it"""
+    density: float
+    """fraction of ones in the drawn mask: perturbed by noise, or kept (1 - sparsity)"""
+    draw: str
+    """exact or bernoulli"""
+    part: int = 0
+    """which part of the partition, 0 to parts - 1"""
+    parts: int = 1
+    """1: no partition; 2: mask and complement; k: k parts of 1/k each"""
+    mask_classifier: bool = False
+    """also mask the last layer"""
+    sign: int = 1
+    """-1 for the mirrored sibling (noisy)"""
+    mean: float = 0.0
+    """of the noise"""
+    sigma: float = 0.0
+    """standard deviation of the noise, in units of the weights"""
+    tau: float = 0.0
+    """initial temperature (stochastic)"""
+    anneal: str = "linear"
+    """shape of the temperature's fall: linear, cosine, exponential"""
+    anneal_epochs: float = 0.0
+    """epochs until the temperature is zero"""
+    training: Training | None = None
+    """how the child is tuned; None: used as spawned"""
+    training_seed: int = 0
+    """of batch order, augmentation, dropout and Bernoulli masks"""
+
+    @property
+    def epochs(self) -> int:
+        return self.training.epochs if self.training else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> ChildSpec:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        values = dict(record)
+        try:
+            if values.get("training") is not None:
+                values["training"] = Training(**values["training"])
+            return ChildSpec(**values)
+        except TypeError as error:
+            raise ValueError(f"recipe of {values.get('id', 'a child')}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Train a network from its initial weights: the parent, or the single model beside it."""
+
+    id: str
+    training: Training
+    seed: int
+
+    @property
+    def epochs(self) -> int:
+        return self.training.epochs
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Job = Fit | ChildSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch of one job is done."""
+
+    id: str
+    epoch: int
+    """epochs done, 1-based"""
+    epochs: int
+    loss: float
+    """mean training loss of the epoch, nats"""
+    lr: float
+    """learning rate of the last step"""
+    images: int
+    """training images seen in the epoch"""
+    seconds: float
+    """wall time of the epoch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A file in the run folder and the SHA-256 of its bytes."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What comes back from a finished job: numbers and the name of a file, never weights."""
+
+    id: str
+    validation: dict[str, float] = field(default_factory=dict)
+    """accuracy, nll and brier on validation data"""
+    weights: Stored | None = None
+    """None for a child that its recipe alone makes again (noisy)"""
+    outputs: Stored | None = None
+    """logits on validation and test data, `(N, C)` each"""
+    epochs: int = 0
+    images: int = 0
+    """training images seen, counted in the loop, over all attempts that count"""
+    started: float = 0.0
+    """seconds since the epoch (Unix time)"""
+    seconds: float = 0.0
+    """time on the device, this attempt"""
+    worker: str = ""
+    """who did it: host, process, device"""
+    attempts: int = 1
+    error: str | None = None
+    """why there is no network: one line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildResult(Result):
+    """The result of one child."""
+
+    fitness: float | None = None
+    """larger is better; None if the child failed"""

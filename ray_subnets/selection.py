@@ -1,0 +1,60 @@
+"""Who joins the ensemble, and why: a pure function of fitness values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FITNESS = {"nll": "negative validation NLL", "accuracy": "validation accuracy"}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on one candidate."""
+
+    id: str
+    selected: bool
+    rank: int | None
+    """1 is the fittest; None if the candidate failed"""
+    why: str
+
+
+def fitness_of(validation: Mapping[str, float], by: str) -> float:
+    """Fitness, larger is better, from validation metrics."""
+    return -validation["nll"] if by == "nll" else validation["accuracy"]
+
+
+def select(
+    fitness: Mapping[str, float | None], count: int | None, *, by: str, errors: Mapping[str, str]
+) -> list[Decision]:
+    """The `count` fittest candidates (algorithm 1); all that did not fail if `count` is None.
+
+    Ties go to the id that sorts first, so the outcome does not depend on who finished first.
+
+    Args:
+        fitness: candidate id -> fitness, None for a failed one.
+        errors: id -> reason, for those that failed.
+
+    Returns:
+        One decision per candidate, fittest first, failed ones last.
+    """
+    ranked = sorted(
+        (id for id, value in fitness.items() if value is not None),
+        key=lambda id: (-(fitness[id] or 0.0), id),
+    )
+    take = len(ranked) if count is None else min(count, len(ranked))
+    name = FITNESS[by]
+    decisions = []
+    for rank, id in enumerate(ranked, start=1):
+        value = fitness[id]
+        place = f"rank {rank} of {len(ranked)} by {name} ({value:.5f})"
+        if count is None:
+            decisions.append(Decision(id, True, rank, f"{place}; all children are members"))
+        elif rank <= take:
+            decisions.append(Decision(id, True, rank, f"{place}; the best {take} are members"))
+        else:
+            cut = fitness[ranked[take - 1]]
+            decisions.append(Decision(id, False, rank, f"{place}; the last member has {cut:.5f}"))
+    for id in sorted(id for id, value in fitness.items() if value is None):
+        decisions.append(Decision(id, False, None, f"failed: {errors.get(id, 'unknown reason')}"))
+    return decisions

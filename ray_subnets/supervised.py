@@ -1,0 +1,187 @@
+"""Train and evaluate one classifier on one device in one process.
+
+The loop is a generator: it yields after every epoch, and the caller decides whether to print,
+checkpoint or stop. All randomness of an epoch follows from (seed, epoch), so a network whose
+weights, optimizer state and epoch number were saved goes on exactly as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from ray_subnets import schedules, sparse, stochastic
+from ray_subnets.data import Batches, Preprocess
+from ray_subnets.masks import Masks
+from ray_subnets.recipes import Epoch, Training, derive
+
+
+class Diverged(ValueError):
+    """The loss became NaN or infinite: the user's setting, not our fault."""
+
+
+def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or Adam; learning rate and momentum are set at every step."""
+    if training.optimizer == "adam":
+        return torch.optim.Adam(
+            model.parameters(), lr=training.lr, weight_decay=training.weight_decay, foreach=True
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=training.lr,
+        momentum=training.momentum,
+        nesterov=training.nesterov and training.momentum > 0,
+        weight_decay=training.weight_decay,
+        foreach=True,
+    )
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, training: Training, step: int, total: int
+) -> float:
+    """Set this step's learning rate (and, for one-cycle, momentum). Returns the rate."""
+    momentum = None
+    if training.schedule == "one_cycle":
+        lr, momentum = schedules.one_cycle(step, total, lr_max=training.lr)
+    elif training.schedule == "decay":
+        lr = schedules.decay(step, total, lr=training.lr)
+    else:
+        lr = schedules.constant(step, total, lr=training.lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if momentum is not None and training.momentum > 0:
+            if "betas" in group:
+                group["betas"] = (momentum, group["betas"][1])
+            else:
+                group["momentum"] = momentum
+    return lr
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    training: Training,
+    optimizer: torch.optim.Optimizer,
+    *,
+    id: str = "model",
+    seed: int = 0,
+    start_epoch: int = 0,
+    masks: Masks | None = None,
+    tau: Callable[[float], float] | None = None,
+) -> Iterator[Epoch]:
+    """Train `model` in place from `start_epoch` on, yielding after every epoch.
+
+    Args:
+        masks: weights outside are held at zero after every step (ch. 5).
+        tau: temperature after a fractional number of epochs. While it is above zero every forward
+            pass sees the weights through a fresh Bernoulli mask (ch. 6, algorithm 3) and nothing
+            is held at zero; once it is zero the weights outside `masks` are pruned and held.
+
+    Raises:
+        Diverged: the training loss of an epoch is not finite.
+    """
+    assert tau is None or masks is not None
+    device = batches.data.train.images.device
+    parameters = dict(model.named_parameters())
+    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
+    held = [parameters[name] for name in masks]
+    held_masks = [masks[name].to(parameters[name].dtype) for name in masks]
+    steps, total = batches.steps, batches.steps * training.epochs
+    model.train()
+    for epoch in range(start_epoch, training.epochs):
+        began, images, lr = time.perf_counter(), 0, 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        bernoulli = torch.Generator(device).manual_seed(derive(seed, "bernoulli", epoch))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive(seed, "dropout", epoch))  # layers that draw by themselves
+            for i, batch in enumerate(batches.epoch(epoch)):
+                step = epoch * steps + i
+                lr = set_rates(optimizer, training, step, total)
+                temperature = tau(step / steps) if tau is not None else 0.0
+                if temperature > 0:
+                    drawn = stochastic.realise(masks, temperature, bernoulli)
+                    seen = {name: parameters[name] * drawn[name] for name in masks}
+                    logits = functional_call(model, seen, (batch.x,))
+                else:
+                    if tau is not None:
+                        sparse.hold_zero_(held, held_masks)
+                    logits = model(batch.x)
+                loss = cross_entropy(
+                    logits, batch.y, reduction="sum", label_smoothing=training.label_smoothing
+                )
+                optimizer.zero_grad(set_to_none=True)
+                (loss / batch.size).backward()
+                optimizer.step()
+                if held and temperature == 0:
+                    sparse.hold_zero_(held, held_masks)
+                loss_sum += loss.detach()
+                images += len(batch.y)
+        mean_loss = float(loss_sum) / max(images, 1)
+        if not math.isfinite(mean_loss):
+            raise Diverged(f"{id}: the loss is {mean_loss} in epoch {epoch + 1}; lower its lr")
+        yield Epoch(
+            id=id,
+            epoch=epoch + 1,
+            epochs=training.epochs,
+            loss=mean_loss,
+            lr=lr,
+            images=images,
+            seconds=time.perf_counter() - began,
+        )
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 500,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Logits `(N, C)` float32 on the CPU, in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        logits = [
+            model(preprocess(part.to(device) if device else part)).float().cpu()
+            for part in images.split(batch_size)
+        ]
+    finally:
+        model.train(training)
+    return torch.cat(logits)
+
+
+# --- exact resume -------------------------------------------------------------------------------
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and optimizer state as one flat dict of tensors."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def restore_training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Inverse of `training_state`, in place."""
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
+    record = optimizer.state_dict()
+    record["state"] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            record["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(record)
