@@ -153,6 +153,14 @@ class Batches:
     rank: int = 0
     world: int = 1
 
+    def __post_init__(self) -> None:
+        last = len(self.data.train) % self.batch_size or self.batch_size
+        if last < self.world:
+            raise ValueError(
+                f"parent.workers: {self.world} workers cannot share the last batch of {last} "
+                "images; use another batch_size or fewer workers"
+            )
+
     @property
     def steps(self) -> int:
         """Optimizer steps per epoch; the last batch may be smaller."""

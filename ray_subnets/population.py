@@ -112,8 +112,9 @@ class Worker:
                 worker=self.name,
                 attempts=attempt,
             )
-            store_result(self.folder, result)
-            self.folder.remove(_checkpoint_name(job))
+            if self.primary:
+                store_result(self.folder, result)
+                self.folder.remove(_checkpoint_name(job))
             yield result
         finally:
             torch.set_num_threads(threads)
@@ -129,6 +130,8 @@ class Worker:
         if isinstance(job, Fit):
             model = self.build(job.seed)
             images = yield from self._train(job, model, job.training, job.seed)
+            if not self.primary:
+                return Result(id=job.id)
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
@@ -169,16 +172,35 @@ class Worker:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
         start, images = load_checkpoint(self.folder, job, model, optimizer)
-        batches = Batches(self.data, training.batch_size, seed)
         loop = supervised.train(
-            model, batches, training, optimizer, id=job.id, seed=seed, start_epoch=start, **how
+            self.parallel(model),
+            self.batches(training.batch_size, seed),
+            training,
+            optimizer,
+            id=job.id,
+            seed=seed,
+            start_epoch=start,
+            **how,
         )
-        for report in loop:
+        for local in loop:
+            report = self.gather(local)
             images += report.images
-            if report.epoch < report.epochs:
+            if self.primary and report.epoch < report.epochs:
                 save_checkpoint(self.folder, job, model, optimizer, report.epoch, images)
             yield report
         return images
+
+    # What differs when several workers share one job (`distributed/parent.py`).
+    primary = True
+
+    def batches(self, batch_size: int, seed: int) -> Batches:
+        return Batches(self.data, batch_size, seed)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def gather(self, report: Epoch) -> Epoch:
+        return report
 
     def finish(self, job: Job, model: nn.Module, weights: Stored | None, images: int) -> Result:
         """Evaluate on validation and test data and store the logits.

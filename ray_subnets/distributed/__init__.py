@@ -1,0 +1,1 @@
+"""The only place that imports Ray. Everything below runs without it."""

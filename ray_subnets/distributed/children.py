@@ -1,0 +1,72 @@
+"""The actor that owns a device and one child at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from ray_subnets.data import Data, Preprocess, Split
+from ray_subnets.flat import Flat, flatten
+from ray_subnets.population import Report, Task, Worker
+from ray_subnets.recipes import ChildResult, Job
+
+SPLITS = ("train", "validation", "test")
+
+
+def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
+    """A data set as one flat array for the object store, and the rest of it."""
+    tensors = {}
+    for name in SPLITS:
+        split: Split = getattr(data, name)
+        tensors |= {f"{name}.images": split.images, f"{name}.labels": split.labels}
+    rest = {
+        "name": data.name,
+        "num_classes": data.num_classes,
+        "preprocess": (data.preprocess.mean, data.preprocess.std),
+        "crop": data.crop,
+        "flip": data.flip,
+    }
+    return flatten(tensors), rest
+
+
+def unpack_data(flat: Flat, rest: dict[str, Any]) -> Data:
+    """Inverse of `pack_data`; the images are read where they lie, not copied."""
+    tensors = flat.tensors()
+    splits = {name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in SPLITS}
+    values = rest | {"preprocess": Preprocess(*rest["preprocess"])}
+    return Data(**splits, **values)
+
+
+class ChildActor:
+    """A `Worker` in a Ray actor. References come in lists, so that Ray hands them over unread."""
+
+    def __init__(self, selection: ray.actor.ActorHandle | None = None) -> None:
+        self._selection = selection
+        self._worker: Worker | None = None
+
+    def setup(self, task: Task, data: Sequence[ray.ObjectRef], rest: dict[str, Any]) -> str:
+        """Load everything that a first job would wait for. Returns the worker's name."""
+        gpus = ray.get_gpu_ids()
+        device = "cuda:0" if gpus else "cpu"  # torch sees only what Ray granted, numbered from 0
+        if gpus:
+            torch.cuda.init()
+        self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device)
+        # The first optimizer of a process imports torch's compiler, which takes seconds.
+        torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+        return self._worker.name
+
+    def load(self, parent: Sequence[ray.ObjectRef]) -> None:
+        """Read the parent's weights from the object store."""
+        assert self._worker
+        self._worker.load_parent(ray.get(parent[0]))
+
+    def run(self, job: Job, attempt: int) -> Iterator[Report]:
+        """Do a job, streaming its reports; a child's result goes to the selection actor too."""
+        assert self._worker
+        for report in self._worker.run(job, attempt):
+            if isinstance(report, ChildResult) and self._selection is not None:
+                ray.get(self._selection.report.remote(report))
+            yield report

@@ -1,0 +1,55 @@
+"""Join a Ray cluster, or start one here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Nothing is sent home, and a GPU is claimed only by who was given one.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+
+import ray
+
+
+@contextmanager
+def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[None]:
+    """A connection to Ray for the length of a `with` block.
+
+    Args:
+        address: a cluster to join (`auto`, `HOST:PORT`, `ray://HOST:10001`); default the
+            environment's RAY_ADDRESS. Without either a local Ray is started, on this machine only,
+            and stopped at the end; a Ray that somebody left behind is never joined.
+        cpus: cores of a local Ray; default all.
+
+    Raises:
+        ValueError: the cluster does not answer.
+    """
+    if ray.is_initialized():  # a notebook, or a test, has connected already
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    local = address in (None, "local")
+    try:
+        if local:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--address: no Ray cluster at {address}: {reason}; start one with 'ray start --head', "
+            "or leave --address and RAY_ADDRESS out to use this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
