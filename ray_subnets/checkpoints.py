@@ -1,10 +1,10 @@
 """The run folder on disk: atomic writes, verified reads, no pickle.
 
-    config.yaml        the resolved configuration        parent.safetensors
-    environment.json   versions, command, commit         single.safetensors
-    results/ID.json    one finished job                  children/ID.safetensors
-    outputs/ID.npz     its logits: validation, test      checkpoints/ID.safetensors (unfinished)
-    ensemble.json      who is a member, its recipe       result.json, report.html, events/
+config.yaml        the resolved configuration        parent.safetensors
+environment.json   versions, command, commit         single.safetensors
+results/ID.json    one finished job                  children/ID.safetensors
+outputs/ID.npz     its logits: validation, test      checkpoints/ID.safetensors (unfinished)
+ensemble.json      who is a member, its recipe       result.json, report.html, events/
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class RunFolder:
         try:
             return safetensors.torch.load(content)
         except (safetensors.SafetensorError, ValueError) as error:
-            raise ValueError(f"{self.root / name}: not an intact safetensors file ({error})") from None
+            raise ValueError(
+                f"{self.root / name}: not an intact safetensors file ({error})"
+            ) from None
 
     # --- arrays ---
 

@@ -10,7 +10,7 @@ import difflib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,7 +91,7 @@ class Tuning(Training):
 
 def _plain(training: Training) -> Training:
     """Only what a worker needs to know."""
-    return Training(**{name: getattr(training, name) for name in Training.__dataclass_fields__})
+    return Training(**{field.name: getattr(training, field.name) for field in fields(Training)})
 
 
 class Group(Section):
@@ -200,7 +200,9 @@ class Sparse(Group):
         return self
 
     def specs(self, seed: int, names: Mapping[str, int]) -> list[ChildSpec]:
-        return self._specs("sparse", self._kept(self.sparsity), seed, names, training=_plain(self.tune))
+        return self._specs(
+            "sparse", self._kept(self.sparsity), seed, names, training=_plain(self.tune)
+        )
 
 
 class Stochastic(Group):
@@ -416,13 +418,12 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         "sparse": Sparse,
         "stochastic": Stochastic,
     }
-    parents = list(loc[:-1])
-    if not parents:
+    above = loc[-2] if len(loc) > 1 else None
+    if above is None:
         return list(Config.model_fields)
-    if parents[-1] in ("tune", "parent"):
-        return list(ParentTraining.__dataclass_fields__ if parents == ["parent"] else Training.__dataclass_fields__)
-    section = sections.get(parents[-1])
-    return list(section.model_fields) if section else []
+    if above in ("parent", "tune"):
+        return [field.name for field in fields(ParentTraining if above == "parent" else Tuning)]
+    return list(sections[above].model_fields) if above in sections else []
 
 
 def _one_line(error: ValidationError, source: str) -> str:
@@ -446,7 +447,9 @@ def _one_line(error: ValidationError, source: str) -> str:
         message = ""
     elif first["type"].startswith("union_tag"):
         message = "method must be one of noisy, sparse, stochastic" + (
-            f", not {first['input'].get('method')!r}" if isinstance(first["input"], dict) and "method" in first["input"] else ""
+            f", not {first['input'].get('method')!r}"
+            if isinstance(first["input"], dict) and "method" in first["input"]
+            else ""
         )
     else:
         message += f", not {first['input']!r}"
@@ -481,7 +484,13 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
 def _first_not_finite(value: Any, path: str = "") -> str | None:
     if isinstance(value, float) and not isfinite(value):
         return path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         found = _first_not_finite(item, f"{path}.{key}" if path else str(key))
         if found:

@@ -183,4 +183,6 @@ class Batches:
             x = self.data.preprocess(x)
             y = train.labels[index]
             # DDP averages gradients over ranks, so each rank divides by its share of the batch.
-            yield Batch(x[self.rank :: self.world], y[self.rank :: self.world], len(index) / self.world)
+            yield Batch(
+                x[self.rank :: self.world], y[self.rank :: self.world], len(index) / self.world
+            )

@@ -93,7 +93,9 @@ def _fashion_mnist(root: str | None, download: bool) -> tuple[Split, Split, dict
             try:
                 tensors.append(_read_idx(found[0]))
             except (OSError, EOFError, AssertionError, ValueError, RuntimeError) as error:
-                raise ValueError(f"data.root: cannot read {found[0]}: {error or 'bad file'}") from None
+                raise ValueError(
+                    f"data.root: cannot read {found[0]}: {error or 'bad file'}"
+                ) from None
         splits.append(Split(tensors[0][:, None], tensors[1].long()))
     return splits[0], splits[1], {}
 
@@ -235,6 +237,4 @@ def load(
     preprocess = (
         Preprocess(extra["mean"], extra["std"]) if "mean" in extra else statistics(train.images)
     )
-    return check(
-        Data(name, train, held_out, test, num_classes, preprocess, crop=crop, flip=flip)
-    )
+    return check(Data(name, train, held_out, test, num_classes, preprocess, crop=crop, flip=flip))

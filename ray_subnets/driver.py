@@ -291,7 +291,9 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
         ]
         combine, include_parent = record["combine"], record["include_parent"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/ensemble.json: incomplete or of another version ({error})") from None
+        raise ValueError(
+            f"{folder}/ensemble.json: incomplete or of another version ({error})"
+        ) from None
     needs_parent = include_parent or any(stored is None for _, stored in recipes)
     parent = folder.load_tensors(parent_file) if needs_parent else {}
     members, ids = [], []

@@ -23,7 +23,7 @@ class Cost:
     """elements of each parameter"""
 
     def nonzero(self, density: Mapping[str, float]) -> float:
-        """FLOPs if zero weights cost nothing; `density` gives each masked weight's kept fraction."""
+        """FLOPs if zeros cost nothing; `density` gives each masked weight's kept fraction."""
         return self.total - sum(
             self.by_weight.get(name, 0) * (1 - kept) for name, kept in density.items()
         )

@@ -58,7 +58,9 @@ def exact(shapes: Shapes, density: float, generator: torch.Generator) -> Masks:
 
 def bernoulli(shapes: Shapes, density: float, generator: torch.Generator) -> Masks:
     """Masks whose entries are independently one with probability `density` (eq. 4.1, 5.1)."""
-    return {name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()}
+    return {
+        name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()
+    }
 
 
 def complement(masks: Mapping[str, Tensor]) -> Masks:
@@ -77,7 +79,8 @@ def partition(
     Returns:
         `parts` mask sets; for every weight exactly one of them is one.
     """
-    assert parts >= 1 and draw in ("exact", "bernoulli")
+    assert parts >= 1
+    assert draw in ("exact", "bernoulli")
     result: list[Masks] = [{} for _ in range(parts)]
     for name, shape in shapes.items():
         n = shape.numel()

@@ -38,7 +38,7 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bins:
-    """A reliability diagram: per bin the number of samples, mean confidence and accuracy, `(B,)`."""
+    """A reliability diagram: samples, mean confidence and accuracy of each bin, `(B,)`."""
 
     count: Tensor
     confidence: Tensor

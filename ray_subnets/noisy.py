@@ -40,9 +40,11 @@ def perturb(
 ) -> dict[str, Tensor]:
     """New weights `W + sign * (N o M)` (eq. 4.8-4.11); tensors without noise are copied."""
     assert sign in (1, -1)
-    return {
-        name: torch.addcmul(weight, noise[name].to(weight.dtype), masks[name].to(weight.dtype), value=sign)
-        if name in noise
-        else weight.clone()
-        for name, weight in weights.items()
-    }
+    result = {}
+    for name, weight in weights.items():
+        if name in noise:
+            n, m = noise[name].to(weight.dtype), masks[name].to(weight.dtype)
+            result[name] = torch.addcmul(weight, n, m, value=sign)
+        else:
+            result[name] = weight.clone()
+    return result

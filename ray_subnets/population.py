@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from ray_subnets import metrics, models, sparse, stochastic, supervised
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Batches, Data
 from ray_subnets.flat import Flat
-from ray_subnets.recipes import ChildResult, ChildSpec, Epoch, Fit, Job, Result, Stored, derive
+from ray_subnets.recipes import ChildResult, ChildSpec, Epoch, Fit, Job, Result, Stored
 from ray_subnets.selection import fitness_of
 from ray_subnets.spawn import METHODS, masks_of, spawn_weights
 from ray_subnets.supervised import Diverged
@@ -122,10 +122,12 @@ class Worker:
     def build(self, seed: int) -> nn.Module:
         """The run's network with initial weights drawn from `seed`, on this device."""
         task, data = self.task, self.data
-        model = models.build(task.model, data.input_shape, data.num_classes, task.model_options, seed)
+        model = models.build(
+            task.model, data.input_shape, data.num_classes, task.model_options, seed
+        )
         return model.to(self.device)
 
-    def _run(self, job: Job) -> Iterator[Epoch]:
+    def _run(self, job: Job) -> Generator[Epoch, None, Result]:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
@@ -168,7 +170,7 @@ class Worker:
 
     def _train(
         self, job: Job, model: nn.Module, training: Any, seed: int, **how: Any
-    ) -> Iterator[Epoch]:
+    ) -> Generator[Epoch, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
         start, images = load_checkpoint(self.folder, job, model, optimizer)
@@ -328,7 +330,11 @@ def load_checkpoint(
 
 
 def restore(
-    folder: RunFolder, model: nn.Module, parent: Mapping[str, Tensor], spec: ChildSpec, stored: Stored | None
+    folder: RunFolder,
+    model: nn.Module,
+    parent: Mapping[str, Tensor],
+    spec: ChildSpec,
+    stored: Stored | None,
 ) -> None:
     """Load the finished child `spec` into `model`: from its file, or from the recipe alone.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -32,7 +32,7 @@ def derive(seed: int, *path: str | int) -> int:
 class Training:
     """How one network is trained: enough to do it again, given data and a seed."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     epochs: Annotated[int, Ge(0)]
     """passes over the training images"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FITNESS = {"nll": "negative validation NLL", "accuracy": "validation accuracy"}
+FITNESS = {"nll": "validation NLL", "accuracy": "validation accuracy"}
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,16 @@ def select(
         key=lambda id: (-(fitness[id] or 0.0), id),
     )
     take = len(ranked) if count is None else min(count, len(ranked))
-    name = FITNESS[by]
     decisions = []
     for rank, id in enumerate(ranked, start=1):
-        value = fitness[id]
-        place = f"rank {rank} of {len(ranked)} by {name} ({value:.5f})"
         if count is None:
-            decisions.append(Decision(id, True, rank, f"{place}; all children are members"))
+            why = f"rank {rank} of {len(ranked)}; all are members"
         elif rank <= take:
-            decisions.append(Decision(id, True, rank, f"{place}; the best {take} are members"))
+            why = f"rank {rank} of {len(ranked)}; the best {take} are members"
         else:
-            cut = fitness[ranked[take - 1]]
-            decisions.append(Decision(id, False, rank, f"{place}; the last member has {cut:.5f}"))
+            gap = (fitness[ranked[take - 1]] or 0.0) - (fitness[id] or 0.0)
+            why = f"rank {rank} of {len(ranked)}; {gap:.5f} {FITNESS[by]} short of rank {take}"
+        decisions.append(Decision(id, rank <= take, rank, why))
     for id in sorted(id for id, value in fitness.items() if value is None):
         decisions.append(Decision(id, False, None, f"failed: {errors.get(id, 'unknown reason')}"))
     return decisions

@@ -35,7 +35,7 @@ def masks_of(spec: ChildSpec, shapes: Shapes) -> Masks:
 
 
 def kept_fraction(spec: ChildSpec) -> float:
-    """Fraction of each maskable weight that the finished child keeps; 1 for methods without zeros."""
+    """Fraction of each maskable weight that the finished child keeps; 1 if it has no zeros."""
     if not METHODS[spec.method].prunes:
         return 1.0
     return 1 - spec.density if spec.parts == 2 and spec.part == 1 else spec.density

@@ -21,9 +21,7 @@ def temperature(masks: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
     return {name: torch.where(mask, 1.0, tau) for name, mask in masks.items()}
 
 
-def realise(
-    masks: Mapping[str, Tensor], tau: float, generator: torch.Generator
-) -> Masks:
+def realise(masks: Mapping[str, Tensor], tau: float, generator: torch.Generator) -> Masks:
     """One Bernoulli draw of `temperature(masks, tau)`, without building P.
 
     `generator` lives on the masks' device. A kept weight stays kept whatever the draw, so the

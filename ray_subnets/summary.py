@@ -190,7 +190,7 @@ def summarise(
         "parent": network("parent"),
         "single": network("single") if "single" in results else None,
         "children": children,
-        "mean_child": _mean([child["test"] for child in children if child["test"]]),
+        "mean_child": _mean([scores.test([id]) for id in alive]),
         "ensemble": ensemble,
     }
     record["cost"] = _cost(folder, record, specs, results, members, cost, densities, times)

@@ -42,9 +42,7 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
     )
 
 
-def set_rates(
-    optimizer: torch.optim.Optimizer, training: Training, step: int, total: int
-) -> float:
+def set_rates(optimizer: torch.optim.Optimizer, training: Training, step: int, total: int) -> float:
     """Set this step's learning rate (and, for one-cycle, momentum). Returns the rate."""
     momentum = None
     if training.schedule == "one_cycle":

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 import torch
+from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.flat import Flat, flatten
@@ -18,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
     """A data set as one flat array for the object store, and the rest of it."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in SPLITS:
         split: Split = getattr(data, name)
         tensors |= {f"{name}.images": split.images, f"{name}.labels": split.labels}
@@ -37,17 +38,17 @@ def unpack_data(flat: Flat, rest: dict[str, Any]) -> Data:
     tensors = flat.tensors()
     splits = {name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in SPLITS}
     values = rest | {"preprocess": Preprocess(*rest["preprocess"])}
-    return Data(**splits, **values)
+    return Data(**(splits | values))
 
 
 class ChildActor:
     """A `Worker` in a Ray actor. References come in lists, so that Ray hands them over unread."""
 
-    def __init__(self, selection: ray.actor.ActorHandle | None = None) -> None:
+    def __init__(self, selection: Any = None) -> None:
         self._selection = selection
         self._worker: Worker | None = None
 
-    def setup(self, task: Task, data: Sequence[ray.ObjectRef], rest: dict[str, Any]) -> str:
+    def setup(self, task: Task, data: Sequence[Any], rest: dict[str, Any]) -> str:
         """Load everything that a first job would wait for. Returns the worker's name."""
         gpus = ray.get_gpu_ids()
         device = "cuda:0" if gpus else "cpu"  # torch sees only what Ray granted, numbered from 0
@@ -58,7 +59,7 @@ class ChildActor:
         torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
         return self._worker.name
 
-    def load(self, parent: Sequence[ray.ObjectRef]) -> None:
+    def load(self, parent: Sequence[Any]) -> None:
         """Read the parent's weights from the object store."""
         assert self._worker
         self._worker.load_parent(ray.get(parent[0]))

@@ -146,7 +146,7 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        handle = actor.remote(self._selection)
+        handle: Any = actor.remote(self._selection)
         setup = handle.setup.remote(self._task, [self.data], self.rest)
         return _Slot(handle, dedicated, setup)
 

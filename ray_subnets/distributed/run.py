@@ -36,17 +36,14 @@ def run(
         notify: called with a line of text when something happened that a person should know.
         growing: the cluster may start nodes on demand.
     """
-    selection = ray.remote(Selection).options(num_cpus=0).remote(
-        config.select.count, config.select.by
-    )
+    actor: Any = ray.remote(Selection).options(num_cpus=0)
+    selection = actor.remote(config.select.count, config.select.by)
     task = driver.task_of(config, folder)
     trainer = None
     workers = config.parent.workers
     if workers > 1:
         gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.resources.gpus_per_actor != 0
-        trainer = RayTrainParent(
-            task, workers=workers, threads=config.resources.threads, gpus=gpus
-        )
+        trainer = RayTrainParent(task, workers=workers, threads=config.resources.threads, gpus=gpus)
         _check_room(workers, "GPU" if gpus else "CPU", growing)
     pool = RayPool(
         task,
@@ -65,11 +62,13 @@ def run(
     def choose(results: Mapping[str, Result]) -> list[Decision]:
         try:
             # A resumed run has children that this actor did not hear of.
-            ray.get([
-                selection.report.remote(result)
-                for result in results.values()
-                if isinstance(result, ChildResult)
-            ])
+            ray.get(
+                [
+                    selection.report.remote(result)
+                    for result in results.values()
+                    if isinstance(result, ChildResult)
+                ]
+            )
             return ray.get(selection.decide.remote())
         except RayActorError:
             notify("the selection actor died; its ranking was made again from the results")

@@ -46,7 +46,9 @@ def import_path(path: str, key: str) -> Callable[..., Any]:
     return target
 
 
-def _call(build: Callable[..., Any], key: str, offered: dict[str, Any], options: dict[str, Any]) -> Any:
+def _call(
+    build: Callable[..., Any], key: str, offered: dict[str, Any], options: dict[str, Any]
+) -> Any:
     """Call `build` with the options, and with what is offered as far as it takes it."""
     parameters = inspect.signature(build).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -100,7 +102,9 @@ def build(
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
         _check_output(model, name, tuple(input_shape), num_classes)
-    return model
+    # Channels last: the same function, and convolutions and pooling train 1.5-1.9x faster on CPUs
+    # (analysis/benchmarks/training_step.py).
+    return model.to(memory_format=torch.channels_last)
 
 
 def _check_output(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
@@ -111,7 +115,9 @@ def _check_output(model: nn.Module, name: str, shape: tuple[int, ...], num_class
             output = model(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model: {name!r} does not take inputs of shape {shape}: {reason}") from None
+        raise ValueError(
+            f"model: {name!r} does not take inputs of shape {shape}: {reason}"
+        ) from None
     finally:
         model.train(training)
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -20,7 +20,9 @@ class LeNet(nn.Module):
         channels, *size = input_shape
         after = [((side - 4) // 2 - 4) // 2 for side in size]
         if len(size) != 2 or min(after) < 1:
-            raise ValueError(f"model: LeNet needs images of 16x16 or more, not {tuple(input_shape)}")
+            raise ValueError(
+                f"model: LeNet needs images of 16x16 or more, not {tuple(input_shape)}"
+            )
         self.conv1 = nn.Conv2d(channels, 16 * width, 5)
         self.conv2 = nn.Conv2d(16 * width, 32 * width, 5)
         self.fc1 = nn.Linear(32 * width * after[0] * after[1], 256 * width)

@@ -12,7 +12,7 @@ from torch import nn
 def mlp(
     input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (512, 512)
 ) -> nn.Module:
-    """Flatten, then `hidden` ReLU layers, then a linear classifier. `(N, *input_shape)` -> `(N, C)`.
+    """Flatten, `hidden` ReLU layers, a linear classifier: `(N, *input_shape)` -> `(N, C)`.
 
     Raises:
         ValueError: a width is not positive.

@@ -1,0 +1,215 @@
+"""The command line: `ray-subnets ...`, or this file as a script.
+
+`ray submit CLUSTER ray_subnets/launch.py -- run quickstart` copies this one file to the cluster's
+head and runs it there; it then uses the package installed there. Options need no quotes and no
+characters that a shell would change, since `ray submit` joins them unquoted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script the file's own folder comes first on the path, and our `data.py` or `config.py`
+    # would stand in for other people's modules of these names.
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != here]
+    from ray_subnets import launch
+
+    sys.exit(launch.main())
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ray_subnets.checkpoints import RunFolder
+    from ray_subnets.config import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Subnetwork ensembles: one trained parent in, one calibrated ensemble out.\n\n"
+    "Start with [bold]ray-subnets run quickstart[/bold] (a minute on two cores), then look at "
+    "runs/quickstart/report.html.",
+)
+out = Console()
+err = Console(stderr=True)
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run folder, e.g. runs/quickstart")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
+Serial = Annotated[
+    bool, typer.Option("--serial", help="no Ray: everything in this process, same numbers")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        envvar="RAY_ADDRESS",
+        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001); default: start Ray here",
+    ),
+]
+
+
+@app.command(no_args_is_help=True)
+def run(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped config")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE ...]", help="settings to change: parent.epochs=8"),
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
+    ] = False,
+    serial: Serial = False,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a parent, make children of it, tune and select them, keep the ensemble.
+
+    Example: ray-subnets run fashion_mnist_sparse seed=1 parent.epochs=4 --out runs/try
+    """
+    from ray_subnets import config as config_
+    from ray_subnets.checkpoints import RunFolder
+
+    settings = config_.load(config, overrides or [])
+    target = folder or f"runs/{settings.name}"
+    _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
+
+
+@app.command(no_args_is_help=True)
+def resume(
+    run: RunArgument, serial: Serial = False, address: Address = None, quiet: Quiet = False
+) -> None:
+    """Go on with a stopped run: finished networks are kept, others go on where they were."""
+    from ray_subnets import driver
+    from ray_subnets.checkpoints import RunFolder
+
+    folder = RunFolder.open(run)
+    _do(driver.config_of(folder), lambda: folder, serial, address, quiet)
+
+
+def _do(
+    config: Config, make: Callable[[], RunFolder], serial: bool, address: str | None, quiet: bool
+) -> None:
+    """Run or go on with a run, write the report, show the result."""
+    from ray_subnets import driver, progress, report
+    from ray_subnets.events import Events
+    from ray_subnets.population import SerialPool, Worker
+
+    sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    data = driver.load_data(config)
+    driver.build(config, data)
+    folder = make()
+    cost = driver.prepare(config, data, folder)
+    events = Events(folder.root)
+    with progress.view(driver.jobs(config), err, quiet=quiet) as view:
+
+        def listen(event: Any) -> None:
+            view(event)
+            events(event)
+
+        with _interruptible(folder):
+            if serial:
+                task = driver.task_of(config, folder)
+                pool = SerialPool(Worker(task, data, _serial_device(config)))
+                record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
+            else:
+                view.note("starting Ray" if not address else f"joining Ray at {address}")
+                from ray_subnets.distributed import cluster
+                from ray_subnets.distributed import run as ray_run
+
+                with cluster.session(address):
+                    record = ray_run.run(
+                        config,
+                        data,
+                        folder,
+                        cost=cost,
+                        listen=listen,
+                        notify=view.note,
+                        growing=bool(address),
+                    )
+    events.close()
+    page = report.write(folder)
+    _show(record)
+    out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
+
+
+def _serial_device(config: Config) -> str:
+    import torch
+
+    wanted = config.resources.gpus_per_actor
+    return "cuda:0" if torch.cuda.is_available() and wanted != 0 else "cpu"
+
+
+@contextmanager
+def _interruptible(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(
+            f"Stopped. What was computed is kept: ray-subnets resume {folder.root}", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+
+
+def _show(record: dict[str, Any]) -> None:
+    from ray_subnets import table
+
+    out.print(table.table(record))
+    out.print(table.LEGEND, style="dim", highlight=False)
+    out.print(table.verdict(record), highlight=False)
+    out.print(table.cost_text(record), highlight=False)
+
+
+@app.command(no_args_is_help=True)
+def evaluate(run: RunArgument) -> None:
+    """Load a finished run's ensemble, predict its test data again, compare with the record."""
+    from ray_subnets import evaluation
+
+    sys.path.insert(0, str(Path.cwd()))
+    outcome = evaluation.evaluate(run)
+    out.print(evaluation.table(outcome))
+    out.print(outcome.sentence(), highlight=False)
+
+
+@app.command(no_args_is_help=True)
+def report(run: RunArgument) -> None:
+    """Write report.html of a finished run again and say where it is."""
+    from ray_subnets import report as report_
+    from ray_subnets.checkpoints import RunFolder
+
+    folder = RunFolder.open(run, needs="result.json")
+    out.print(str(report_.write(folder)), soft_wrap=True)
+
+
+def main() -> int:
+    """Run the command line. The user's mistakes are one line and exit code 2."""
+    if len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py":
+        # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it.
+        sys.argv += ["run", "quickstart", "--overwrite"]
+        err.print("No command given: running the quickstart. More: launch.py --help")
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        err.print(
+            f"ray-subnets: {error}", style="red", highlight=False, soft_wrap=True, markup=False
+        )
+        return 2
+    return 0

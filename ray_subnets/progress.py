@@ -1,0 +1,174 @@
+"""What a person sees while a run lasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ray_subnets.population import Report
+from ray_subnets.recipes import Epoch, Job, Result
+
+
+class View(Protocol):
+    """Shows reports as they come; a context manager."""
+
+    def __call__(self, report: Report) -> None: ...
+
+    def note(self, line: str) -> None:
+        """Show a line that is not a report."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def _total(jobs: Sequence[Job]) -> int:
+    # One unit per epoch and one per finished job, so that untrained children count too.
+    return sum(job.epochs + 1 for job in jobs)
+
+
+class Bars:
+    """Live bars: the run as a whole, parent and single model, and each child being tuned."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[say]}"),
+            console=console,
+            transient=False,
+        )
+        self._units = {job.id: job.epochs for job in jobs}
+        self._all = self._progress.add_task("run", total=_total(jobs), say="")
+        self._rows: dict[str, TaskID] = {}
+        self._done = 0
+        self._jobs = len(jobs)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)
+
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, Epoch):
+            row = self._rows.get(report.id)
+            if row is None:
+                row = self._progress.add_task(f"  {report.id}", total=report.epochs, say="")
+                self._rows[report.id] = row
+            self._progress.update(
+                row, completed=report.epoch, say=f"loss {report.loss:.3f} lr {report.lr:.1e}"
+            )
+            self._progress.advance(self._all)
+            return
+        self._done += 1
+        self._progress.update(self._all, say=f"{self._done} of {self._jobs} networks done")
+        # A result read from an earlier run, or a resumed one, jumps over epochs not seen here.
+        row = self._rows.pop(report.id, None)
+        seen = int(self._progress.tasks[row].completed) if row is not None else 0
+        self._progress.advance(self._all, self._units[report.id] - seen + 1)
+        if row is not None and report.id not in ("parent", "single"):
+            self._progress.remove_task(row)
+        elif row is not None:
+            self._progress.update(row, say=_outcome(report))
+        if report.error:
+            self.note(f"{report.id}: {report.error}")
+
+
+class Lines:
+    """The same for a log file or a pipe: a line now and then, with the time left."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console, every: float = 5.0) -> None:
+        self._console, self._every = console, every
+        self._total, self._units = _total(jobs), {job.id: job.epochs for job in jobs}
+        self._jobs, self._done = len(jobs), 0
+        self._completed, self._seen = 0, dict.fromkeys(self._units, 0)
+        self._began = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def note(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, Epoch):
+            self._completed += 1
+            self._seen[report.id] += 1
+            if time.monotonic() - self._last >= self._every:
+                self._last = time.monotonic()
+                self.note(
+                    f"{self._left()}  {report.id} epoch {report.epoch}/{report.epochs} "
+                    f"loss {report.loss:.3f}"
+                )
+            return
+        self._done += 1
+        self._completed += self._units[report.id] - self._seen[report.id] + 1
+        self.note(f"{self._left()}  {report.id} {_outcome(report)}")
+
+    def _left(self) -> str:
+        elapsed = time.monotonic() - self._began
+        remaining = elapsed / max(self._completed, 1) * (self._total - self._completed)
+        return f"[{self._done}/{self._jobs} networks, about {remaining:.0f} s left]"
+
+
+class Silent:
+    """Nothing."""
+
+    def __call__(self, report: Report) -> None:
+        return None
+
+    def note(self, line: str) -> None:
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def _outcome(result: Result) -> str:
+    if result.error:
+        return f"failed: {result.error}"
+    value = result.validation
+    return (
+        f"done in {result.seconds:.1f} s: validation accuracy {value['accuracy']:.4f}, "
+        f"NLL {value['nll']:.4f}"
+    )
+
+
+def view(jobs: Sequence[Job], console: Console, *, quiet: bool = False) -> View:
+    """Bars on a terminal, lines elsewhere, nothing if `quiet`."""
+    if quiet:
+        return Silent()
+    return Bars(jobs, console) if console.is_terminal else Lines(jobs, console)

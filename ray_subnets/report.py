@@ -1,0 +1,97 @@
+"""`report.html`: one page, no network, everything from the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+
+from ray_subnets import figures, metrics, table
+from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.ensemble import combine
+from ray_subnets.summary import Scores
+
+_MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
+
+
+def write(folder: RunFolder) -> Path:
+    """Write `report.html` of a finished run.
+
+    Raises:
+        ValueError: the run is not finished, or a file of it is damaged.
+    """
+    record = folder.read_json("result.json")
+    environment = Environment(
+        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    try:
+        page = environment.get_template("report.html").render(**_content(folder, record))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/result.json: incomplete or of another version ({error})"
+        ) from None
+    folder.write("report.html", page.encode())
+    return folder.root / "report.html"
+
+
+def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows."""
+    scores = Scores(folder, record["ensemble"]["combine"])
+    return {
+        "record": record,
+        "config": folder.read(CONFIG).decode(),
+        "rows": table.rows(record),
+        "columns": table.COLUMNS,
+        "legend": table.LEGEND,
+        "verdict": table.verdict(record),
+        "cost": table.cost_text(record),
+        "children": sorted(
+            record["children"], key=lambda child: (child["rank"] is None, child["rank"])
+        ),
+        "size": _size(record),
+        "reliability": _reliability(record, scores),
+        "diversity": _diversity(record, scores),
+        "timeline": _timeline(record),
+    }
+
+
+def _single(record: dict[str, Any]) -> dict[str, Any] | None:
+    single = record["single"]
+    return single if single and single["error"] is None else None
+
+
+def _size(record: dict[str, Any]) -> str:
+    lines = {"parent": record["parent"]["test"]}
+    single = _single(record)
+    if single:
+        lines["single"] = single["test"]
+    return figures.by_size(record["ensemble"]["by_size"], lines)
+
+
+def _reliability(record: dict[str, Any], scores: Scores) -> str:
+    who = {"before, parent": ["parent"], "after, ensemble": record["ensemble"]["members"]}
+    if _single(record):
+        who = {"single model": ["single"]} | who
+    diagrams = {}
+    for name, ids in who.items():
+        bins = metrics.reliability(
+            combine(scores.logits(ids, "test"), scores.how), scores.labels["test"]
+        )
+        diagrams[name] = (bins, bins.ece())
+    return figures.reliability(diagrams)
+
+
+def _diversity(record: dict[str, Any], scores: Scores) -> str:
+    ids = ["parent", *[id for id in record["ensemble"]["members"] if id != "parent"]][:_MAX_HEAT]
+    matrix = metrics.disagreement(scores.logits(ids, "test"))
+    return figures.heat_map(torch.as_tensor(matrix).numpy(), ids, "disagreement")
+
+
+def _timeline(record: dict[str, Any]) -> str:
+    jobs = [{"id": "parent", "kind": "parent", **record["parent"]}]
+    if record["single"]:
+        jobs.append({"id": "single", "kind": "single", **record["single"]})
+    jobs += [{"kind": child["method"], **child} for child in record["children"]]
+    return figures.timeline([job for job in jobs if job["worker"]])

@@ -1,0 +1,125 @@
+"""Imports go down only, and nothing below `distributed/` needs Ray."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ray_subnets"
+
+# From the ground up; a module may import only what stands before it.
+FLOORS = [
+    ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
+    ["noisy", "sparse", "stochastic"],
+    ["spawn", "flops", "data"],
+    ["models.lenet", "models.mlp", "models.wide_resnet"],
+    ["models"],
+    ["datasets", "supervised", "ensemble"],
+    ["checkpoints"],
+    ["population", "summary"],
+    ["config"],
+    ["driver"],
+    ["table", "figures", "evaluation", "events", "progress"],
+    ["report"],
+    ["distributed", "distributed.cluster", "distributed.selection", "distributed.children"],
+    ["distributed.parent", "distributed.pool"],
+    ["distributed.run"],
+    ["launch"],
+]
+FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+GROUND_FLOOR = [name for names in FLOORS[:6] for name in names if name != "datasets"]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name inside the package -> file."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, as dotted names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(modules()) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_go_down(name: str) -> None:
+    ours = {
+        target.removeprefix("ray_subnets.")
+        for target in imported(modules()[name])
+        if target.startswith("ray_subnets.")
+    }
+    for target in ours & set(FLOOR) - {name}:
+        assert FLOOR[target] < FLOOR[name], f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_ray_only_in_distributed(name: str) -> None:
+    if not name.startswith("distributed"):
+        assert not {n for n in imported(modules()[name]) if n.split(".")[0] == "ray"}
+
+
+@pytest.mark.parametrize("name", GROUND_FLOOR)
+def test_the_ground_floor_opens_no_files(name: str) -> None:
+    """No paths, clocks, sockets or configuration under the loops (`supervised` times epochs)."""
+    allowed = {"supervised": {"time"}, "environment": {"pathlib", "subprocess", "datetime"}}
+    banned = {"pathlib", "os", "time", "datetime", "socket", "pydantic", "subprocess", "json"}
+    roots = {n.split(".")[0] for n in imported(modules()[name])}
+    assert not (roots & banned) - allowed.get(name, set())
+
+
+WITHOUT_RAY = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ray":
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden by the test)")
+sys.meta_path.insert(0, Absent())
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(f"ray_subnets.{name}")
+import ray_subnets
+for name in ray_subnets.__all__:
+    getattr(ray_subnets, name)
+assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
+try:
+    import ray
+except ModuleNotFoundError:
+    print("ray is absent")
+"""
+
+
+def test_everything_below_imports_with_ray_absent() -> None:
+    below = [name for name in FLOOR if not name.startswith("distributed")]
+    answer = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *below], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "ray is absent"
+
+
+def test_the_selection_actor_does_not_load_torch() -> None:
+    """A process of 60 MB, up at once, instead of one of 300."""
+    code = "import sys, ray_subnets.selection, ray_subnets.recipes; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.strip() == "False", answer.stderr
