@@ -36,7 +36,7 @@ def one_cycle(
     """
     peak = warmup_fraction * total - 1
     lr_start = lr_max / div_factor
-    if 0 < peak and step <= peak:  # too few steps have no warm-up
+    if peak > 0 and step <= peak:  # too few steps have no warm-up
         fraction = step / peak
         return _cosine(lr_start, lr_max, fraction), _cosine(momentum_max, momentum_min, fraction)
     last = total - 1

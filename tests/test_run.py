@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert folder.exists(f"checkpoints/{stop_at}.safetensors")
     assert numbers(run_serial(tiny(), folder, listen=seen.append)) == numbers(record)
     # It went on; it did not start again.
-    assert [r.epoch for r in seen if isinstance(r, Epoch) and r.id == stop_at][0] == 2
+    assert next(r.epoch for r in seen if isinstance(r, Epoch) and r.id == stop_at) == 2
     assert not folder.exists(f"checkpoints/{stop_at}.safetensors")
 
 
@@ -182,11 +182,6 @@ def test_what_is_on_disk(finished: tuple[RunFolder, dict[str, Any]]) -> None:
     assert values == 64 * 16 // 2 + 16 + 16 * 10 + 10
     recipe = json.dumps(next(c["recipe"] for c in record["children"] if c["method"] == "noisy"))
     assert len(recipe) < 1024
-    assert (
-        {p.name for p in (folder.root / "events").iterdir()} == set()
-        if (folder.root / "events").exists()
-        else True
-    )
 
 
 def test_batch_norm_networks_and_images(tmp_path: Path) -> None:
@@ -204,15 +199,11 @@ def test_batch_norm_networks_and_images(tmp_path: Path) -> None:
         "data.crop=2",
         "data.flip=true",
         "data.validation=20",
-        "model.name=wide_resnet",
+        "model=wide_resnet",
         "model.depth=10",
         "model.width=1",
         "parent.batch_size=16",
     )
-    settings = settings.model_copy(
-        update={"model": settings.model.model_copy(update={"__pydantic_extra__": None})}
-    )
-    del settings.model.model_extra["hidden"]  # type: ignore[index,union-attr]
     folder = RunFolder.create(tmp_path / "run")
     record = run_serial(settings, folder)
     assert record["data"]["num_classes"] == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +38,10 @@ def run(
         notify: called with a line of text when something happened that a person should know.
         growing: the cluster may start nodes on demand.
     """
-    actor: Any = ray.remote(Selection).options(num_cpus=0)
+    name = (
+        f"selection-{os.getpid()}-{time.time_ns()}"  # a name, so that it can be found and watched
+    )
+    actor: Any = ray.remote(Selection).options(num_cpus=0, name=name)
     selection = actor.remote(config.select.count, config.select.by)
     task = driver.task_of(config, folder)
     trainer = None
