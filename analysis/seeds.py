@@ -73,10 +73,10 @@ def markdown(frame: pd.DataFrame) -> str:
         epochs = group["epochs"].iloc[0]
         cells = [_cell(group[name], scale, digits) for name, scale, digits in METRICS]
         ece = f"{_cell(group['ece'], 1, 4)} ({group['ece_floor'].mean():.4f})"
-        lines.append(
-            f"| {config} | {predictor} | {group['nets'].iloc[0]} | "
-            f"{'' if pd.isna(epochs) else int(epochs)} | {' | '.join(cells)} | {ece} | {len(group)} |"
-        )
+        nets = str(group["nets"].iloc[0])
+        spent = "" if pd.isna(epochs) else str(int(epochs))
+        row = [str(config), str(predictor), nets, spent, *cells, ece, str(len(group))]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

@@ -81,6 +81,7 @@ class Worker:
         self.parent: dict[str, Tensor] = {}
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of sums
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True, warn_only=True)
 

@@ -48,12 +48,25 @@ class ChildActor:
         self._selection = selection
         self._worker: Worker | None = None
 
-    def setup(self, task: Task, data: Sequence[Any], rest: dict[str, Any]) -> str:
-        """Load everything that a first job would wait for. Returns the worker's name."""
-        gpus = ray.get_gpu_ids()
-        device = "cuda:0" if gpus else "cpu"  # torch sees only what Ray granted, numbered from 0
-        if gpus:
-            torch.cuda.init()
+    def setup(self, task: Task, data: Sequence[Any], rest: dict[str, Any], gpus: float) -> str:
+        """Load everything that a first job would wait for. Returns the worker's name.
+
+        Args:
+            gpus: this actor's share; below 1 it takes no more than that part of the GPU's memory.
+
+        Raises:
+            ValueError: Ray granted a GPU that torch cannot use.
+        """
+        device = "cpu"
+        if ray.get_gpu_ids():  # torch sees only what Ray granted, numbered from 0
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "resources.gpus_per_actor: Ray counts GPUs here, but torch finds none; install "
+                    "a CUDA build of torch, or set it to 0"
+                )
+            device = "cuda:0"
+            if gpus < 1:
+                torch.cuda.set_per_process_memory_fraction(gpus)
         self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device)
         # The first optimizer of a process imports torch's compiler, which takes seconds.
         torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)

@@ -147,7 +147,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
         )
         handle: Any = actor.remote(self._selection)
-        setup = handle.setup.remote(self._task, [self.data], self.rest)
+        setup = handle.setup.remote(self._task, [self.data], self.rest, gpus)
         return _Slot(handle, dedicated, setup)
 
     # --- population.Pool ---
