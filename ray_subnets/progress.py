@@ -82,16 +82,19 @@ class Bars:
             if row is None:
                 row = self._progress.add_task(f"  {report.id}", total=report.epochs, say="")
                 self._rows[report.id] = row
+            # A job that goes on from a checkpoint jumps over epochs not seen here.
+            before = int(self._progress.tasks[self._progress.task_ids.index(row)].completed)
             self._progress.update(
                 row, completed=report.epoch, say=f"loss {report.loss:.3f} lr {report.lr:.1e}"
             )
-            self._progress.advance(self._all)
+            self._progress.advance(self._all, report.epoch - before)
             return
         self._done += 1
         self._progress.update(self._all, say=f"{self._done} of {self._jobs} networks done")
-        # A result read from an earlier run, or a resumed one, jumps over epochs not seen here.
         row = self._rows.pop(report.id, None)
-        seen = int(self._progress.tasks[row].completed) if row is not None else 0
+        seen = 0
+        if row is not None:
+            seen = int(self._progress.tasks[self._progress.task_ids.index(row)].completed)
         self._progress.advance(self._all, self._units[report.id] - seen + 1)
         if row is not None and report.id not in ("parent", "single"):
             self._progress.remove_task(row)
@@ -109,7 +112,9 @@ class Lines:
         self._total, self._units = _total(jobs), {job.id: job.epochs for job in jobs}
         self._jobs, self._done = len(jobs), 0
         self._completed, self._seen = 0, dict.fromkeys(self._units, 0)
+        self._fresh = 0  # units done since the start; others were found done
         self._began = self._last = time.monotonic()
+        self._start = time.time()
 
     def __enter__(self) -> Self:
         return self
@@ -122,8 +127,9 @@ class Lines:
 
     def __call__(self, report: Report) -> None:
         if isinstance(report, Epoch):
-            self._completed += 1
-            self._seen[report.id] += 1
+            self._completed += report.epoch - self._seen[report.id]
+            self._seen[report.id] = report.epoch
+            self._fresh += 1
             if time.monotonic() - self._last >= self._every:
                 self._last = time.monotonic()
                 self.note(
@@ -133,11 +139,12 @@ class Lines:
             return
         self._done += 1
         self._completed += self._units[report.id] - self._seen[report.id] + 1
+        self._fresh += report.started >= self._start
         self.note(f"{self._left()}  {report.id} {_outcome(report)}")
 
     def _left(self) -> str:
         elapsed = time.monotonic() - self._began
-        remaining = elapsed / max(self._completed, 1) * (self._total - self._completed)
+        remaining = elapsed / max(self._fresh, 1) * (self._total - self._completed)
         return f"[{self._done}/{self._jobs} networks, about {remaining:.0f} s left]"
 
 

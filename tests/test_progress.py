@@ -1,0 +1,69 @@
+"""What is shown while a run lasts adds up, also when it goes on from checkpoints."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from tiny import tiny
+
+from ray_subnets import driver, progress
+from ray_subnets.recipes import ChildResult, Epoch, Result
+
+JOBS = driver.jobs(tiny())
+VALIDATION = {"accuracy": 0.9, "nll": 0.3}
+
+
+def epoch(id: str, number: int, of: int) -> Epoch:
+    return Epoch(id=id, epoch=number, epochs=of, loss=1.0, lr=0.1, images=1, seconds=1.0)
+
+
+def feed(view: progress.View) -> None:
+    """A run whose single model goes on at epoch 9 of 10 and whose first child fails."""
+    with view:
+        for job in JOBS:
+            start = 9 if job.id == "single" else 1
+            for number in range(start, job.epochs + 1):
+                view(epoch(job.id, number, job.epochs))
+            failed = job.id == "sparse-000"
+            kind = Result if job.id in ("parent", "single") else ChildResult
+            view(
+                kind(
+                    id=job.id,
+                    validation={} if failed else VALIDATION,
+                    error="the loss is nan" if failed else None,
+                )
+            )
+
+
+def test_lines_count_to_the_end() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    feed(progress.Lines(JOBS, console, every=0.0))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, about 0 s left]")
+    assert any("single epoch 9/10" in line for line in lines)
+    assert any("sparse-000 failed: the loss is nan" in line for line in lines)
+
+
+def test_bars_fill_to_the_end() -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    view = progress.Bars(JOBS, console)
+    feed(view)
+    overall = view._progress.tasks[0]
+    assert overall.completed == overall.total == sum(job.epochs + 1 for job in JOBS)
+    # Finished children leave the screen; parent and single model stay.
+    assert [task.description.strip() for task in view._progress.tasks] == [
+        "run",
+        "parent",
+        "single",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "kind"),
+    [(True, False, "Bars"), (False, False, "Lines"), (True, True, "Silent")],
+)
+def test_the_view_fits_the_place(terminal: bool, quiet: bool, kind: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    assert type(progress.view(JOBS, console, quiet=quiet)).__name__ == kind
