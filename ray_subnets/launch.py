@@ -69,7 +69,7 @@ def run(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="settings to change: parent.epochs=8"),
+        typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
     ] = None,
     folder: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")

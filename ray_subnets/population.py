@@ -79,6 +79,7 @@ class Worker:
         self.device = torch.device(device)
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
+        self._earlier = 0.0  # seconds that earlier attempts spent on the job at hand
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of sums
@@ -98,6 +99,7 @@ class Worker:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         started = time.time()
+        self._earlier = 0.0
         try:
             try:
                 result = yield from self._run(job)
@@ -106,10 +108,12 @@ class Worker:
                     raise
                 kind = ChildResult if isinstance(job, ChildSpec) else Result
                 result = kind(id=job.id, error=str(error))
+            seconds = time.time() - started
             result = replace(
                 result,
                 started=started,
-                seconds=time.time() - started,
+                seconds=seconds,
+                device_seconds=self._earlier + seconds,
                 worker=self.name,
                 attempts=attempt,
             )
@@ -174,7 +178,8 @@ class Worker:
     ) -> Generator[Epoch, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
-        start, images = load_checkpoint(self.folder, job, model, optimizer)
+        start, images, self._earlier = load_checkpoint(self.folder, job, model, optimizer)
+        began = time.time()
         loop = supervised.train(
             self.parallel(model),
             self.batches(training.batch_size, seed),
@@ -189,7 +194,8 @@ class Worker:
             report = self.gather(local)
             images += report.images
             if self.primary and report.epoch < report.epochs:
-                save_checkpoint(self.folder, job, model, optimizer, report.epoch, images)
+                seconds = self._earlier + time.time() - began
+                save_checkpoint(self.folder, job, model, optimizer, report.epoch, images, seconds)
             yield report
         return images
 
@@ -299,35 +305,39 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     images: int,
+    seconds: float,
 ) -> None:
     """Everything needed to go on after `epoch` epochs, in one atomic file."""
     state = supervised.training_state(model, optimizer)
     state["job"] = _digest(job)
     state["progress"] = torch.tensor([epoch, images])
+    state["seconds"] = torch.tensor(seconds, dtype=torch.float64)
     folder.save_tensors(_checkpoint_name(job), state)
 
 
 def load_checkpoint(
     folder: RunFolder, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, int]:
+) -> tuple[int, int, float]:
     """Restore the job's last checkpoint into model and optimizer.
 
     Returns:
-        (epochs done, images seen); (0, 0) if there is none, or none of this very job. An
-        unreadable checkpoint is as good as none: the job starts again and gives the same numbers.
+        (epochs done, images seen, seconds spent); zeros if there is none, or none of this very
+        job. An unreadable checkpoint is as good as none: the job starts again and gives the same
+        numbers.
     """
     name = _checkpoint_name(job)
     if not folder.exists(name):
-        return 0, 0
+        return 0, 0, 0.0
     try:
         state = folder.load_tensors(name)
     except ValueError:
-        return 0, 0
+        return 0, 0, 0.0
     if "job" not in state or not torch.equal(state.pop("job"), _digest(job)):
-        return 0, 0
+        return 0, 0, 0.0
     epoch, images = state.pop("progress").tolist()
+    seconds = float(state.pop("seconds"))
     supervised.restore_training_state(model, optimizer, state)
-    return epoch, images
+    return epoch, images, seconds
 
 
 def restore(

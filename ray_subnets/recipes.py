@@ -172,7 +172,9 @@ class Result:
     started: float = 0.0
     """seconds since the epoch (Unix time)"""
     seconds: float = 0.0
-    """time on the device, this attempt"""
+    """time that the last attempt took"""
+    device_seconds: float = 0.0
+    """time on a device, with what earlier attempts did up to their last checkpoint"""
     worker: str = ""
     """who did it: host, process, device"""
     attempts: int = 1

@@ -243,7 +243,7 @@ def _cost(
         "epochs": sum(result.epochs for result in trained),
         "images": sum(result.images for result in trained),
         "wall_seconds": times["wall_seconds"],
-        "device_seconds": sum(result.seconds for result in trained),
+        "device_seconds": sum(result.device_seconds for result in trained),
         "flops": nonzero,
         "flops_dense": dense,
         "flops_vs_single": nonzero / dense if dense else 1.0,
