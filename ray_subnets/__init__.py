@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
-    from ray_subnets.spawn import spawn as spawn
+    from ray_subnets.spawning import spawn as spawn
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ _HOME = {
     "Split": "data",
     "Training": "recipes",
     "load": "driver",
-    "spawn": "spawn",
+    "spawn": "spawning",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -33,7 +33,7 @@ from ray_subnets.population import (
 )
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
 from ray_subnets.selection import Decision, select
-from ray_subnets.spawn import kept_fraction
+from ray_subnets.spawning import kept_fraction
 from ray_subnets.summary import LABELS, summarise
 
 Listener = Callable[[Report], None]

@@ -30,7 +30,7 @@ from ray_subnets.data import Batches, Data
 from ray_subnets.flat import Flat
 from ray_subnets.recipes import ChildResult, ChildSpec, Epoch, Fit, Job, Result, Stored
 from ray_subnets.selection import fitness_of
-from ray_subnets.spawn import METHODS, masks_of, spawn_weights
+from ray_subnets.spawning import METHODS, masks_of, spawn_weights
 from ray_subnets.supervised import Diverged
 
 Report = Epoch | Result

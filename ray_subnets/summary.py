@@ -18,7 +18,7 @@ from ray_subnets.ensemble import combine
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.recipes import ChildResult, ChildSpec, Result
 from ray_subnets.selection import Decision
-from ray_subnets.spawn import METHODS
+from ray_subnets.spawning import METHODS
 
 LABELS = "outputs/labels.npz"
 

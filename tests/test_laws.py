@@ -12,7 +12,7 @@ from torch import nn
 from ray_subnets import ChildSpec, Training, masks, models, noisy, sparse, spawn
 from ray_subnets.data import Batches, Data, Preprocess, Split
 from ray_subnets.recipes import Fit
-from ray_subnets.spawn import METHODS, kept_fraction, masks_of, spawn_weights
+from ray_subnets.spawning import METHODS, kept_fraction, masks_of, spawn_weights
 
 NETWORKS = {
     "mlp": ("mlp", (1, 8, 8), {"hidden": (16, 12)}),
@@ -79,7 +79,7 @@ def test_same_recipe_same_child(method: str, network: str) -> None:
 def test_spawning_leaves_the_parent_unchanged(method: str, network: str) -> None:
     parent = build(network)
     before = copy.deepcopy(parent.state_dict())
-    child = spawn.spawn(parent, spec_of(method))
+    child = spawn(parent, spec_of(method))
     for name, tensor in parent.state_dict().items():
         assert torch.equal(tensor, before[name])
     with torch.no_grad():  # no memory is shared either

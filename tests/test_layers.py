@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 FLOORS = [
     ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
     ["noisy", "sparse", "stochastic"],
-    ["spawn", "flops", "data"],
+    ["spawning", "flops", "data"],
     ["models.lenet", "models.mlp", "models.wide_resnet"],
     ["models"],
     ["datasets", "supervised", "ensemble"],
