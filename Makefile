@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check bench fashion clean
+.PHONY: setup demo test test-gpu check bench fashion clean
 
 setup: $(VENV)/.ready
 
@@ -24,8 +24,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+# Needs a GPU.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 check: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ray_subnets import masks, models, sparse, stochastic, supervised
+from ray_subnets import masks, models, noisy, sparse, stochastic, supervised
 from ray_subnets.data import Batches, Data, Preprocess, Split
 from ray_subnets.recipes import Training
 
@@ -90,6 +90,22 @@ def _bernoulli(how: str) -> Callable[[], float]:
     return draw
 
 
+def _normals(how: str) -> Callable[[], float]:
+    """Seconds to draw 10 million standard normals, as for a noisy child."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": torch.Size([10_000_000])}
+
+    def draw() -> float:
+        began = time.perf_counter()
+        if how == "torch":
+            torch.randn(shapes["w"], generator=generator)
+        else:
+            noisy.normals(shapes, generator)
+        return time.perf_counter() - began
+
+    return draw
+
+
 def main() -> None:
     torch.set_num_threads(1)
     table = Table(
@@ -117,6 +133,11 @@ def main() -> None:
         "Bernoulli mask of 2.8 M weights",
         "torch.bernoulli",
         _medians({"a": _bernoulli("ours"), "b": _bernoulli("torch")}),
+    )
+    row(
+        "noise for 10 M weights, numpy",
+        "torch.randn",
+        _medians({"a": _normals("ours"), "b": _normals("torch")}),
     )
     Console().print(table)
 

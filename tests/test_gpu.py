@@ -1,0 +1,66 @@
+"""What only a GPU shows (`make test-gpu`): the same recipes, repeatable numbers, shared devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import numbers, run_serial, tiny
+
+import ray_subnets
+from ray_subnets import driver
+from ray_subnets.checkpoints import RunFolder
+from ray_subnets.population import SerialPool, Worker
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+
+def run_on_gpu(folder: RunFolder) -> dict[str, object]:
+    settings = tiny()
+    data = driver.load_data(settings)
+    cost = driver.prepare(settings, data, folder)
+    pool = SerialPool(Worker(driver.task_of(settings, folder), data, "cuda:0"))
+    return driver.run(settings, data, folder, pool, cost=cost)
+
+
+def test_the_same_numbers_twice(tmp_path: Path) -> None:
+    first = run_on_gpu(RunFolder.create(tmp_path / "a"))
+    assert numbers(first) == numbers(run_on_gpu(RunFolder.create(tmp_path / "b")))
+
+
+def test_a_gpu_run_is_used_on_a_cpu(tmp_path: Path) -> None:
+    """Its ensemble loads there and gives the recorded probabilities to float tolerance."""
+    folder = RunFolder.create(tmp_path / "run")
+    record = run_on_gpu(folder)
+    data = driver.load_data(tiny())
+    on_cpu = ray_subnets.load(folder.root)(data.test.images)
+    on_gpu = ray_subnets.load(folder.root, device="cuda:0")(data.test.images.cuda()).cpu()
+    torch.testing.assert_close(on_cpu, on_gpu, rtol=0, atol=1e-4)
+    assert record["ensemble"]
+
+
+def test_a_cpu_run_has_the_same_recipes(tmp_path: Path) -> None:
+    """Masks and noise are drawn on the CPU, so a recipe does not know where it is tuned."""
+    cpu, gpu = RunFolder.create(tmp_path / "cpu"), RunFolder.create(tmp_path / "gpu")
+    one = [c["recipe"] for c in run_serial(tiny(), cpu)["children"]]
+    two = [c["recipe"] for c in run_on_gpu(gpu)["children"]]  # type: ignore[attr-defined]
+    assert one == two
+
+
+def test_children_share_a_gpu_on_ray(tmp_path: Path) -> None:
+    """Half a GPU each: two actors on one device, the numbers of one process."""
+    from ray_subnets.distributed import cluster
+    from ray_subnets.distributed import run as ray_run
+
+    settings = tiny("resources.gpus_per_actor=0.5")
+    data = driver.load_data(settings)
+    folder = RunFolder.create(tmp_path / "ray")
+    cost = driver.prepare(settings, data, folder)
+    with cluster.session():
+        record = ray_run.run(settings, data, folder, cost=cost)
+    assert numbers(record) == numbers(run_on_gpu(RunFolder.create(tmp_path / "serial")))
+    assert "cuda" in record["children"][0]["worker"]
