@@ -118,15 +118,21 @@ class RunFolder:
         name = file.file if isinstance(file, Stored) else file
         path = (self.root / name).resolve()
         if not path.is_relative_to(self.root.resolve()):
-            raise ValueError(f"{self.root}: {name!r} points out of the run folder")
+            raise ValueError(
+                f"{self.root}/ensemble.json: {name!r} points out of the run folder; "
+                f"'ray-subnets resume {self.root}' writes it again"
+            )
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}); restore it from a copy, or make it "
+                f"again with 'ray-subnets resume {self.root}'"
+            ) from None
         if isinstance(file, Stored) and hashlib.sha256(content).hexdigest() != file.sha256:
             raise ValueError(
                 f"{path}: damaged or changed since it was written (SHA-256 differs); restore it "
-                "from a copy, or delete it and run 'ray-subnets resume'"
+                f"from a copy, or make it again with 'ray-subnets resume {self.root}'"
             )
         return content
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -27,7 +27,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ray_subnets.population import Task
-from ray_subnets.recipes import ChildSpec, Count, Fit, NonNegative, Positive, Training, derive
+from ray_subnets.recipes import (
+    ChildSpec,
+    Count,
+    Fit,
+    MethodName,
+    NonNegative,
+    Positive,
+    Training,
+    derive,
+)
 
 SHIPPED = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 
@@ -111,7 +120,7 @@ class Group(Section):
         return self.partition
 
     def _specs(
-        self, method: str, density: float, seed: int, names: Mapping[str, int], **fields: Any
+        self, method: MethodName, density: float, seed: int, names: Mapping[str, int], **fields: Any
     ) -> list[ChildSpec]:
         """`count` recipes; `names` says how many of each method came before."""
         specs = []
@@ -426,10 +435,12 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
     return list(sections[above].model_fields) if above in sections else []
 
 
-def _one_line(error: ValidationError, source: str) -> str:
+def one_line(error: ValidationError, source: str) -> str:
     """The first problem, and how many more there are."""
     problems = error.errors()
     first = problems[0]
+    if first["type"] == "json_invalid":
+        return f"{source}: not valid JSON ({first['msg'].removeprefix('Invalid JSON: ')})"
     where = _location(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
@@ -452,7 +463,8 @@ def _one_line(error: ValidationError, source: str) -> str:
             else ""
         )
     else:
-        message += f", not {first['input']!r}"
+        found = repr(first["input"])
+        message += f", not {found if len(found) <= 60 else found[:57] + '...'}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{source}: {where}{': ' + message if message else ''}{more}"
 
@@ -468,34 +480,32 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{source}: a config is a mapping of keys to values")
     for assignment in overrides:
         _override(record, assignment)
-    try:
-        plain = json.dumps(record, allow_nan=True)
-    except TypeError as error:
-        raise ValueError(f"{source}: {error}") from None
-    bad = _first_not_finite(record)
-    if bad:
-        raise ValueError(f"{source}: {bad}: must be a finite number")
+    for path, value in _leaves(record):
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{source}: {path}: must be a finite number, not {value}")
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(
+                f"{source}: {path}: {value} is read as a {type(value).__name__}; put it in quotes"
+            )
+    plain = json.dumps(record)
     try:
         return Config.model_validate_json(plain, strict=True)
     except ValidationError as error:
-        raise ValueError(_one_line(error, source)) from None
+        raise ValueError(one_line(error, source)) from None
 
 
-def _first_not_finite(value: Any, path: str = "") -> str | None:
-    if isinstance(value, float) and not isfinite(value):
-        return path
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is not a mapping or a list, with its dotted path."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        yield path, value
+        return
     for key, item in items:
-        found = _first_not_finite(item, f"{path}.{key}" if path else str(key))
-        if found:
-            return found
-    return None
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:

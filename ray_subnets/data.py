@@ -82,40 +82,70 @@ class Data:
         )
 
 
+def check_split(name: str, split: Split, num_classes: int | None = None) -> None:
+    """Is this split usable by itself?
+
+    Raises:
+        ValueError: empty, images and labels that do not fit together, labels outside the classes,
+            NaN or infinite inputs; the message names the split and the sample.
+    """
+    if split.images.dim() < 2 or split.labels.dim() != 1:
+        raise ValueError(
+            f"data: {name} images must be (N, ...) and labels (N,), not "
+            f"{tuple(split.images.shape)} and {tuple(split.labels.shape)}"
+        )
+    if len(split.images) != len(split.labels):
+        raise ValueError(
+            f"data: {name} has {len(split.images)} images and {len(split.labels)} labels"
+        )
+    if len(split) == 0:
+        raise ValueError(f"data: the {name} split is empty")
+    wrong = split.labels < 0
+    if num_classes is not None:
+        wrong |= split.labels >= num_classes
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        last = num_classes - 1 if num_classes else int(split.labels.max())
+        raise ValueError(
+            f"data: {name} label {int(split.labels[at])} (sample {at}) is outside the "
+            f"{last + 1} classes 0 to {last}"
+        )
+    if split.images.is_floating_point():
+        bad = ~split.images.flatten(1).isfinite().all(1)
+        if bad.any():
+            raise ValueError(
+                f"data: {name} has {int(bad.sum())} samples with NaN or infinite values, the "
+                f"first is sample {int(bad.nonzero()[0])}; remove or repair them"
+            )
+
+
+def check_alike(name: str, split: Split, train: Split) -> None:
+    """Do images of this split look like those of the training split?
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if split.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"data: {name} images are {tuple(split.images.shape[1:])}, "
+            f"train images {tuple(train.images.shape[1:])}"
+        )
+    if split.images.dtype != train.images.dtype:
+        raise ValueError(
+            f"data: {name} images are {split.images.dtype}, train images {train.images.dtype}"
+        )
+
+
 def check(data: Data) -> Data:
     """The same data, once it is known to be usable.
 
     Raises:
-        ValueError: an empty split, labels outside the classes, NaN or infinite inputs, or images
-            and labels that do not fit together; the message names the split and the sample.
+        ValueError: see `check_split` and `check_alike`.
     """
     for name in ("train", "validation", "test"):
         split: Split = getattr(data, name)
-        if len(split.images) != len(split.labels):
-            raise ValueError(
-                f"data: {name} has {len(split.images)} images and {len(split.labels)} labels"
-            )
-        if len(split) == 0:
-            raise ValueError(f"data: the {name} split is empty")
-        if split.images.shape[1:] != data.train.images.shape[1:]:
-            raise ValueError(
-                f"data: {name} images are {tuple(split.images.shape[1:])}, "
-                f"train images {data.input_shape}"
-            )
-        wrong = (split.labels < 0) | (split.labels >= data.num_classes)
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"data: {name} label {int(split.labels[at])} (sample {at}) is outside the "
-                f"{data.num_classes} classes 0 to {data.num_classes - 1}"
-            )
-        if split.images.is_floating_point():
-            bad = ~split.images.flatten(1).isfinite().all(1)
-            if bad.any():
-                raise ValueError(
-                    f"data: {name} has {int(bad.sum())} samples with NaN or infinite values, "
-                    f"the first is sample {int(bad.nonzero()[0])}; remove or repair them"
-                )
+        check_split(name, split, data.num_classes)
+        check_alike(name, split, data.train)
     return data
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_subnets.data import Data, Preprocess, Split, check
+from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
 from ray_subnets.models import import_path
 
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
@@ -94,7 +94,8 @@ def _fashion_mnist(root: str | None, download: bool) -> tuple[Split, Split, dict
                 tensors.append(_read_idx(found[0]))
             except (OSError, EOFError, AssertionError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"data.root: cannot read {found[0]}: {error or 'bad file'}"
+                    f"data.root: cannot read {found[0]} ({str(error) or 'not an idx file'}); "
+                    "replace it with a whole copy"
                 ) from None
         splits.append(Split(tensors[0][:, None], tensors[1].long()))
     return splits[0], splits[1], {}
@@ -138,7 +139,7 @@ def _arrays(root: str | None, download: bool) -> tuple[Split, Split, dict[str, A
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.root: cannot read {path} as .npz: {error}") from None
 
     def split(name: str) -> Split:
@@ -157,7 +158,9 @@ def _arrays(root: str | None, download: bool) -> tuple[Split, Split, dict[str, A
             tensor = tensor.float()
         return Split(tensor, torch.from_numpy(labels.astype(np.int64)))
 
-    extra = {"validation": split("validation")} if "validation_images" in arrays else {}
+    extra = {}
+    if "validation_images" in arrays:
+        extra["splits"] = {"validation": split("validation")}
     return split("train"), split("test"), extra
 
 
@@ -198,6 +201,18 @@ def load(
     if ":" in name:
         loaded = import_path(name, "data")()
         if isinstance(loaded, Data):
+            given = {
+                "validation": validation,
+                "train_limit": train_limit,
+                "num_classes": num_classes,
+                "crop": crop,
+                "flip": flip,
+            }
+            for key, value in given.items():
+                if value:
+                    raise ValueError(
+                        f"data.{key}: {name!r} returns Data, which decides that itself"
+                    )
             return check(loaded)
         try:
             (train_x, train_y), (test_x, test_y) = loaded
@@ -216,24 +231,26 @@ def load(
             f"data: unknown data set {name!r}; known: {', '.join(DATASETS)}, or your own as "
             "package.module:function"
         )
-    if crop and train.images.dim() != 4:
-        raise ValueError("data.crop: needs images of shape (N, C, H, W)")
-    if flip and train.images.dim() != 4:
-        raise ValueError("data.flip: needs images of shape (N, C, H, W)")
-    if len(train) == 0:
-        raise ValueError("data: the train split is empty")
-    if "validation" in extra:
-        held_out = extra["validation"]
+    # Before any sample is set aside, so that numbers in messages are those of the user's file.
+    if num_classes is None:
+        check_split("train", train)
+        num_classes = int(train.labels.max()) + 1
+    if num_classes < 2:
+        raise ValueError(f"data: {num_classes} class; a classifier needs at least 2")
+    for part, split in {"train": train, "test": test, **extra.get("splits", {})}.items():
+        check_split(part, split, num_classes)
+        check_alike(part, split, train)
+    for key, wanted in (("crop", crop), ("flip", flip)):
+        if wanted and train.images.dim() != 4:
+            raise ValueError(f"data.{key}: needs images of shape (N, C, H, W)")
+    if "splits" in extra:
+        held_out = extra["splits"]["validation"]
     else:
         count = validation if validation is not None else max(1, len(train) // 10)
         train, held_out = hold_out(train, count, split_seed)
     if train_limit is not None and train_limit < len(train):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed + 1))
         train = train.take(order[:train_limit].sort().values)
-    if num_classes is None:
-        num_classes = int(train.labels.max()) + 1
-    if num_classes < 2:
-        raise ValueError(f"data: {num_classes} class; a classifier needs at least 2")
     preprocess = (
         Preprocess(extra["mean"], extra["std"]) if "mean" in extra else statistics(train.images)
     )

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidationError
 from torch import nn
 
 from ray_subnets import config as config_
 from ray_subnets import datasets, environment, masks, models
 from ray_subnets.checkpoints import CONFIG, RunFolder
-from ray_subnets.config import Config
+from ray_subnets.config import Config, ModelSection, Section
 from ray_subnets.data import Data, Preprocess
 from ray_subnets.ensemble import Ensemble
 from ray_subnets.flat import flatten
@@ -226,6 +226,29 @@ def _describe_data(data: Data) -> dict[str, Any]:
 # --- the ensemble on disk -----------------------------------------------------------------------
 
 
+class MemberRecord(Section):
+    """One member in `ensemble.json`."""
+
+    recipe: ChildSpec
+    weights: Stored | None
+    """None: the recipe and the parent are enough"""
+
+
+class EnsembleRecord(Section):
+    """`ensemble.json`."""
+
+    format: Literal[1]
+    model: ModelSection
+    input_shape: tuple[int, ...]
+    num_classes: Annotated[int, Field(ge=2)]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    combine: Literal["probabilities", "logits", "vote"]
+    include_parent: bool
+    parent: Stored
+    members: Annotated[tuple[MemberRecord, ...], Field(min_length=1)]
+
+
 def _write_members(
     config: Config,
     data: Data,
@@ -240,25 +263,20 @@ def _write_members(
     members = []
     for spec in config.specs():
         if spec.id in selected:
-            weights = results[spec.id].weights
-            members.append(
-                {"recipe": spec.to_json(), "weights": asdict(weights) if weights else None}
-            )
-    folder.write_json(
-        "ensemble.json",
-        {
-            "format": 1,
-            "model": config.model.model_dump(),
-            "input_shape": list(data.input_shape),
-            "num_classes": data.num_classes,
-            "mean": list(data.preprocess.mean),
-            "std": list(data.preprocess.std),
-            "combine": config.combine,
-            "include_parent": config.include_parent,
-            "parent": asdict(parent),
-            "members": members,
-        },
+            members.append(MemberRecord(recipe=spec, weights=results[spec.id].weights))
+    record = EnsembleRecord(
+        format=1,
+        model=config.model,
+        input_shape=data.input_shape,
+        num_classes=data.num_classes,
+        mean=data.preprocess.mean,
+        std=data.preprocess.std,
+        combine=config.combine,
+        include_parent=config.include_parent,
+        parent=parent,
+        members=tuple(members),
     )
+    folder.write_json("ensemble.json", record.model_dump(mode="json"))
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
@@ -278,39 +296,47 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
         >>> ensemble(images).argmax(1)  # doctest: +SKIP
     """
     folder = RunFolder.open(run, needs="ensemble.json")
-    record = folder.read_json("ensemble.json")
+    source = f"{folder}/ensemble.json"
+    again = f"'ray-subnets resume {folder}' writes it again"
     try:
-        options = dict(record["model"])
-        name = options.pop("name")
-        shape, classes = record["input_shape"], record["num_classes"]
-        parent_file = Stored(**record["parent"])
-        preprocess = Preprocess(tuple(record["mean"]), tuple(record["std"]))
-        recipes = [
-            (ChildSpec.from_json(m["recipe"]), Stored(**m["weights"]) if m["weights"] else None)
-            for m in record["members"]
-        ]
-        combine, include_parent = record["combine"], record["include_parent"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}/ensemble.json: incomplete or of another version ({error})"
-        ) from None
-    needs_parent = include_parent or any(stored is None for _, stored in recipes)
-    parent = folder.load_tensors(parent_file) if needs_parent else {}
+        record = EnsembleRecord.model_validate_json(folder.read("ensemble.json"), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{config_.one_line(error, source)}; {again}") from None
+
+    def build() -> nn.Module:
+        try:
+            name, options = record.model.name, record.model.options
+            return models.build(name, record.input_shape, record.num_classes, options, seed=0)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}; {again}") from None
+
+    needs_parent = record.include_parent or any(m.weights is None for m in record.members)
+    parent = folder.load_tensors(record.parent) if needs_parent else {}
     members, ids = [], []
-    if include_parent:
-        network = models.build(name, shape, classes, options, seed=0)
-        load_weights(network, parent, f"{folder}/{parent_file.file}")
+    if record.include_parent:
+        network = build()
+        load_weights(network, parent, f"{source}: {record.parent.file}")
         members.append(network)
         ids.append("parent")
-    for spec, stored in recipes:
-        network = models.build(name, shape, classes, options, seed=0)
-        restore(folder, network, parent, spec, stored)
+    for member in record.members:
+        network = build()
+        restore(folder, network, parent, member.recipe, member.weights, source)
         members.append(network)
-        ids.append(spec.id)
-    ensemble = Ensemble(members, ids=ids, preprocess=preprocess, combine=combine)
+        ids.append(member.recipe.id)
+    preprocess = Preprocess(record.mean, record.std)
+    ensemble = Ensemble(members, ids=ids, preprocess=preprocess, combine=record.combine)
     return ensemble.to(device).eval().requires_grad_(False)
 
 
 def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
-    """The configuration a run folder was made with."""
-    return config_.parse(folder.read(CONFIG).decode(), f"{folder}/{CONFIG}", overrides)
+    """The configuration a run folder was made with.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    source = f"{folder}/{CONFIG}"
+    try:
+        text = folder.read(CONFIG).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{source}: not a text file; restore it from a copy") from None
+    return config_.parse(text, source, overrides)

@@ -53,7 +53,13 @@ def evaluate(run: str | Path) -> Outcome:
     finally:
         torch.set_num_threads(threads)
     again = metrics.summary(torch.cat(parts), data.test.labels)
-    return Outcome(record["ensemble"]["test"], again)
+    try:
+        return Outcome(record["ensemble"]["test"], again)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/result.json: incomplete or of another version ({error}); "
+            f"'ray-subnets resume {folder}' writes it again"
+        ) from None
 
 
 def table(outcome: Outcome) -> Table:

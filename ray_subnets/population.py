@@ -275,17 +275,23 @@ def store_result(folder: RunFolder, result: Result) -> None:
 
 
 def stored_result(folder: RunFolder, job: Job) -> Result | None:
-    """The result of a job that was finished before, or None."""
+    """The result of a job that was finished before; None if there is none that can be used.
+
+    A damaged or missing file of it is as good as no result: the job is done again and gives the
+    same bytes.
+    """
     name = f"results/{job.id}.json"
     if not folder.exists(name):
         return None
-    record = folder.read_json(name)
     try:
+        record = folder.read_json(name)
         for key in ("weights", "outputs"):
             record[key] = Stored(**record[key]) if record[key] else None
+            if record[key]:
+                folder.read(record[key])
         return (ChildResult if isinstance(job, ChildSpec) else Result)(**record)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{folder}/{name}: not a result of this version ({error})") from None
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def _checkpoint_name(job: Job) -> str:
@@ -346,20 +352,29 @@ def restore(
     parent: Mapping[str, Tensor],
     spec: ChildSpec,
     stored: Stored | None,
+    source: str,
 ) -> None:
     """Load the finished child `spec` into `model`: from its file, or from the recipe alone.
+
+    Args:
+        source: who says so, for messages.
 
     Raises:
         ValueError: its file is damaged or does not belong to the recipe.
     """
-    shapes = masks_.maskable(model, classifier=spec.mask_classifier)
-    if stored is None:
-        weights = spawn_weights(parent, shapes, replace(spec, training=None)).weights
-    else:
-        weights = folder.load_tensors(stored)
-        if METHODS[spec.method].prunes:
-            weights = sparse.unpack(weights, masks_of(spec, shapes))
-    load_weights(model, weights, f"{folder}/{stored.file if stored else spec.id}")
+    where = f"{source}: {stored.file if stored else spec.id}"
+    packed = folder.load_tensors(stored) if stored else {}
+    try:
+        shapes = masks_.maskable(model, classifier=spec.mask_classifier)
+        if stored is None:
+            weights = spawn_weights(parent, shapes, replace(spec, training=None)).weights
+        elif METHODS[spec.method].prunes:
+            weights = sparse.unpack(packed, masks_of(spec, shapes))
+        else:
+            weights = packed
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{where}: does not fit the network ({error})") from None
+    load_weights(model, weights, where)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

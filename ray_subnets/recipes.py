@@ -16,6 +16,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
+MethodName = Literal["noisy", "sparse", "stochastic"]
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -52,25 +53,29 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSpec:
-    """A child is a recipe: with the parent's weights it gives the child, bit for bit."""
+    """A child is a recipe: with the parent's weights it gives the child, bit for bit.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     id: str
     """unique in a run and safe as a file name: `sparse-003`"""
-    method: str
-    """noisy, sparse or stochastic"""
+    method: MethodName
     seed: int
     """of mask and noise; siblings of one partition or mirrored pair share it"""
-    density: float
+    density: Fraction
     """fraction of ones in the drawn mask: perturbed by noise, or kept (1 - sparsity)"""
-    draw: str
-    """exact or bernoulli"""
+    draw: Literal["exact", "bernoulli"]
     part: int = 0
     """which part of the partition, 0 to parts - 1"""
     parts: int = 1
     """1: no partition; 2: mask and complement; k: k parts of 1/k each"""
     mask_classifier: bool = False
     """also mask the last layer"""
-    sign: int = 1
+    sign: Literal[1, -1] = 1
     """-1 for the mirrored sibling (noisy)"""
     mean: float = 0.0
     """of the noise"""
@@ -78,8 +83,8 @@ class ChildSpec:
     """standard deviation of the noise, in units of the weights"""
     tau: float = 0.0
     """initial temperature (stochastic)"""
-    anneal: str = "linear"
-    """shape of the temperature's fall: linear, cosine, exponential"""
+    anneal: Literal["linear", "cosine", "exponential"] = "linear"
+    """shape of the temperature's fall"""
     anneal_epochs: float = 0.0
     """epochs until the temperature is zero"""
     training: Training | None = None
@@ -87,27 +92,16 @@ class ChildSpec:
     training_seed: int = 0
     """of batch order, augmentation, dropout and Bernoulli masks"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"part: {self.part} of {self.parts} parts does not exist")
+
     @property
     def epochs(self) -> int:
         return self.training.epochs if self.training else 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> ChildSpec:
-        """Inverse of `to_json`.
-
-        Raises:
-            ValueError: a field is missing or unknown.
-        """
-        values = dict(record)
-        try:
-            if values.get("training") is not None:
-                values["training"] = Training(**values["training"])
-            return ChildSpec(**values)
-        except TypeError as error:
-            raise ValueError(f"recipe of {values.get('id', 'a child')}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +144,8 @@ class Epoch:
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A file in the run folder and the SHA-256 of its bytes."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     file: str
     sha256: str

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from ray_subnets import ChildSpec, Training, masks, models, noisy, sparse, spawn
@@ -17,6 +18,9 @@ from ray_subnets.spawning import METHODS, kept_fraction, masks_of, spawn_weights
 NETWORKS = {
     "mlp": ("mlp", (1, 8, 8), {"hidden": (16, 12)}),
     "lenet_s": ("lenet_s", (1, 28, 28), {}),
+    "resnet": ("resnet56", (3, 8, 8), {"width": 2}),
+    "densenet": ("densenet121", (3, 8, 8), {"growth": 2}),
+    "impala": ("impala", (3, 16, 16), {"channels": (4, 8), "hidden": 16}),
     "wide_resnet": ("wide_resnet", (3, 16, 16), {"depth": 10, "width": 1}),
     "shufflenet": ("torchvision/shufflenet_v2_x0_5", (3, 32, 32), {}),  # grouped convolutions
 }
@@ -64,7 +68,7 @@ def test_same_recipe_same_child(method: str, network: str) -> None:
     parent, spec = build(network), spec_of(method)
     shapes = masks.maskable(parent)
     first = spawn_weights(parent.state_dict(), shapes, spec)
-    travelled = ChildSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    travelled = TypeAdapter(ChildSpec).validate_json(json.dumps(spec.to_json()))
     assert travelled == spec
     torch.rand(5)  # the global generator must not matter
     second = spawn_weights(parent.state_dict(), shapes, travelled)
@@ -160,7 +164,7 @@ def test_pruned_weights_stay_zero_through_tuning(
     assert result.error is None
     assert result.images == 2 * len(data.train)
     child = worker.build(0)
-    restore(RunFolder(str(tmp_path)), child, {}, spec, result.weights)
+    restore(RunFolder(str(tmp_path)), child, {}, spec, result.weights, "here")
     mask = masks_of(spec, masks.maskable(child))
     for key, weight in child.state_dict().items():
         if key in mask:

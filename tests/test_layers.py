@@ -16,7 +16,10 @@ FLOORS = [
     ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
     ["noisy", "sparse", "stochastic"],
     ["spawning", "flops", "data"],
-    ["models.lenet", "models.mlp", "models.wide_resnet"],
+    [
+        *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
+        *["models.densenet", "models.impala"],
+    ],
     ["models"],
     ["datasets", "supervised", "ensemble"],
     ["checkpoints"],

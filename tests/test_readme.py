@@ -70,9 +70,17 @@ def test_the_large_network_has_the_published_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("lenet_s", 253_290), ("lenet_m", 1_007_306), ("lenet_l", 4_017_546)]
+    ("name", "parameters"),
+    [
+        ("lenet_s", 253_290),  # the dissertation's own counts
+        ("lenet_m", 1_007_306),
+        ("lenet_l", 4_017_546),
+        ("resnet18", 11_173_962),  # the usual ones of these networks for 32x32 images
+        ("resnet56", 855_770),
+        ("densenet121", 6_956_298),
+    ],
 )
-def test_lenets_have_the_dissertations_parameter_counts(name: str, parameters: int) -> None:
+def test_networks_have_the_published_parameter_counts(name: str, parameters: int) -> None:
     model = models.build(name, (3, 32, 32), 10, {}, seed=0)
     assert sum(p.numel() for p in model.parameters()) == parameters
 

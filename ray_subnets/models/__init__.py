@@ -10,16 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_subnets.models.densenet import densenet121
+from ray_subnets.models.impala import Impala
 from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
 from ray_subnets.models.mlp import mlp
+from ray_subnets.models.resnet import resnet18, resnet56
 from ray_subnets.models.wide_resnet import WideResNet
+
+_VECTOR = 16  # float32 values in an AVX-512 register
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet_s": lenet_s,
     "lenet_m": lenet_m,
     "lenet_l": lenet_l,
+    "resnet18": resnet18,
+    "resnet56": resnet56,
     "wide_resnet": WideResNet,
+    "densenet121": densenet121,
+    "impala": Impala,
 }
 
 
@@ -30,6 +39,8 @@ def import_path(path: str, key: str) -> Callable[..., Any]:
         ValueError: no such module or name; the message names `key`.
     """
     module_name, _, name = path.partition(":")
+    if not name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"{key}: {path!r} is not of the form package.module:function")
     try:
         target: Any = importlib.import_module(module_name)
         for part in name.split("."):
@@ -64,7 +75,13 @@ def _call(
         inspect.signature(build).bind(**given, **options)
     except TypeError as error:
         raise ValueError(f"{key}: {error}") from None
-    return build(**given, **options)
+    try:
+        return build(**given, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        chosen = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"{key}: cannot be built with {chosen}: {error}") from None
 
 
 def build(
@@ -91,7 +108,11 @@ def build(
                 builder = get_model_builder(name.removeprefix("torchvision/"))
             except ValueError as error:
                 raise ValueError(f"model: {error}") from None
-            model = builder(weights=None, num_classes=num_classes, **options)
+            fixed = {"weights": None, "num_classes": num_classes}
+            for option in fixed:
+                if option in options:
+                    raise ValueError(f"model.{option}: is given by the data, leave it out")
+            model = _call(builder, "model", fixed, dict(options))
         elif ":" in name:
             model = _call(import_path(name, "model"), "model", offered, dict(options))
         else:
@@ -102,8 +123,22 @@ def build(
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
         _check_output(model, name, tuple(input_shape), num_classes)
-    # Channels last: the same function, and convolutions and pooling train 1.5-1.9x faster on CPUs
-    # (analysis/benchmarks/training_step.py).
+    return _channels_last(model)
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """The same function in the memory format in which convolutions and pooling run faster on CPUs
+    (`make bench` prints by how much).
+
+    Except where it would corrupt memory: on CPUs the weight gradient of a strided 1x1 convolution
+    with fewer input channels than a vector register holds writes past its buffer in this format
+    (oneDNN issue 6035, open; seen here with torch 2.15 as aborts and hangs).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            strided = max(module.stride) > 1 and max(module.kernel_size) == 1
+            if strided and module.in_channels // module.groups < _VECTOR:
+                return model
     return model.to(memory_format=torch.channels_last)
 
 
