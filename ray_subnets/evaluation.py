@@ -25,12 +25,17 @@ class Outcome:
     def difference(self) -> float:
         return max(abs(self.recorded[name] - self.again[name]) for name in _COMPARED)
 
+    @property
+    def agrees(self) -> bool:
+        """Within what another device or processor changes."""
+        return self.difference <= 1e-3
+
     def sentence(self) -> str:
         if self.difference <= 1e-6:
             return f"The saved ensemble gives the recorded numbers (to {self.difference:.1e})."
         return (
             f"The saved ensemble differs from the record by up to {self.difference:.1e}: another "
-            "processor, device or version than environment.json says?"
+            "processor, device or version than environment.json says, or a changed recipe?"
         )
 
 

@@ -180,13 +180,18 @@ def _show(record: dict[str, Any]) -> None:
 
 @app.command(no_args_is_help=True)
 def evaluate(run: RunArgument) -> None:
-    """Load a finished run's ensemble, predict its test data again, compare with the record."""
+    """Load a finished run's ensemble, predict its test data again, compare with the record.
+
+    Exit code 1 if they differ by more than another processor or device explains.
+    """
     from ray_subnets import evaluation
 
     sys.path.insert(0, str(Path.cwd()))
     outcome = evaluation.evaluate(run)
     out.print(evaluation.table(outcome))
     out.print(outcome.sentence(), highlight=False)
+    if not outcome.agrees:
+        raise typer.Exit(1)
 
 
 @app.command(no_args_is_help=True)

@@ -614,6 +614,15 @@ def test_resume_makes_a_damaged_file_again(
     assert len(driver.load(run)) == 6
 
 
+def test_a_changed_recipe_does_not_pass(command: Command, tmp_path: Path, run: Path) -> None:
+    """Another seed is a valid recipe of another child: the numbers tell."""
+    edit("members/0/recipe/seed", 1)(run)
+    edit("members/1/recipe/seed", 2)(run)
+    done = command("evaluate", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "differs from the record" in done.stdout
+
+
 # --- training that goes wrong -------------------------------------------------------------------
 
 
