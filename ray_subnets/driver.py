@@ -15,8 +15,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from ray_subnets import config as config_
-from ray_subnets import datasets, environment, masks, models
+from ray_subnets import configfile, datasets, environment, masks, models
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.config import Config, ModelSection, Section
 from ray_subnets.data import Data, Preprocess
@@ -301,7 +300,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
     try:
         record = EnsembleRecord.model_validate_json(folder.read("ensemble.json"), strict=True)
     except ValidationError as error:
-        raise ValueError(f"{config_.one_line(error, source)}; {again}") from None
+        raise ValueError(f"{configfile.one_line(error, source)}; {again}") from None
 
     def build() -> nn.Module:
         try:
@@ -339,4 +338,4 @@ def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
         text = folder.read(CONFIG).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{source}: not a text file; restore it from a copy") from None
-    return config_.parse(text, source, overrides)
+    return configfile.parse(text, source, overrides)

@@ -85,10 +85,10 @@ def run(
 
     Example: ray-subnets run fashion_mnist_sparse seed=1 parent.epochs=4 --out runs/try
     """
-    from ray_subnets import config as config_
+    from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
 
-    settings = config_.load(config, overrides or [])
+    settings = configfile.load(config, overrides or [])
     target = folder or f"runs/{settings.name}"
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
 

@@ -49,6 +49,7 @@ class Scores:
     def __init__(self, folder: RunFolder, how: str) -> None:
         self.folder, self.how = folder, how
         self._cache: dict[str, dict[str, Tensor]] = {}
+        self._tests: dict[tuple[str, ...], dict[str, float]] = {}
         self.labels = {
             name: torch.from_numpy(array) for name, array in folder.load_arrays(LABELS).items()
         }
@@ -66,6 +67,8 @@ class Scores:
 
         The temperature is fitted on validation data, to the combined probabilities.
         """
+        if tuple(ids) in self._tests:
+            return dict(self._tests[tuple(ids)])
         test = combine(self.logits(ids, "test"), self.how)
         validation = combine(self.logits(ids, "validation"), self.how)
         tiny = torch.finfo(torch.float64).tiny
@@ -76,7 +79,8 @@ class Scores:
         result = metrics.summary(test, self.labels["test"])
         result["nll_scaled"] = metrics.nll(scaled, self.labels["test"])
         result["temperature"] = temperature
-        return result
+        self._tests[tuple(ids)] = result
+        return dict(result)
 
     def diversity(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean pairwise disagreement, KL and correlation of members on test data (section 7.2)."""

@@ -16,7 +16,7 @@ import torchvision.datasets
 from sklearn.datasets import load_digits
 from tiny import TINY
 
-from ray_subnets import Data, Preprocess, Split, config, datasets, driver, models
+from ray_subnets import Data, Preprocess, Split, datasets, driver, models
 from ray_subnets.data import Batches
 
 DEBIAN = Path(datasets.DEBIAN_FASHION_MNIST)
@@ -240,7 +240,7 @@ def test_cifar100_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_cifar10_config_is_a_wide_resnet_28_10() -> None:
     """The shipped config parses, and its network has 36.48 million weights."""
-    settings = config.load("cifar10_wrn28x10_sparse")
+    settings = configfile.load("cifar10_wrn28x10_sparse")
     assert settings.data.name == "cifar10"
     assert settings.budget() == 200
     with torch.device("meta"):
@@ -338,7 +338,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("mine")
 def test_a_function_may_return_two_pairs() -> None:
     """Training and test; validation samples are set aside as for any data set."""
-    data = driver.load_data(config.parse(TINY, "tiny", ["data=my_data:pairs", "data.validation=8"]))
+    overrides = ["data=my_data:pairs", "data.validation=8"]
+    data = driver.load_data(configfile.parse(TINY, "tiny", overrides))
     images = torch.arange(300, dtype=torch.float32).view(60, 5)
     labels = torch.arange(60) % 3
     assert data.name == "my_data:pairs"

@@ -17,7 +17,7 @@ import pytest
 from conftest import Command
 from tiny import TINY, run_serial, tiny
 
-from ray_subnets import config, datasets, driver, evaluation, models, report
+from ray_subnets import datasets, driver, evaluation, models, report
 from ray_subnets.checkpoints import RunFolder
 
 Change = Callable[[Path], object]
@@ -134,7 +134,7 @@ def test_a_bad_config_is_one_line(
 def test_a_bad_setting_is_one_line(override: str, patterns: list[str]) -> None:
     """Every mistake in a config names its key and says what would be right."""
     with pytest.raises(ValueError, match=r".") as caught:
-        config.parse(TINY, "tiny.yaml", [override])
+        configfile.parse(TINY, "tiny.yaml", [override])
     must_say(str(caught.value), patterns)
     assert "__" not in str(caught.value)
 
@@ -153,14 +153,14 @@ def test_a_bad_setting_is_one_line(override: str, patterns: list[str]) -> None:
 def test_a_bad_file_is_one_line(text: str, patterns: list[str]) -> None:
     """The same for what is wrong with the file as a whole."""
     with pytest.raises(ValueError, match=r".") as caught:
-        config.parse(text, "tiny.yaml")
+        configfile.parse(text, "tiny.yaml")
     must_say(str(caught.value), patterns)
 
 
 def test_a_config_that_is_not_shipped_is_one_line() -> None:
     """The names that are shipped are listed."""
     with pytest.raises(ValueError, match=r".") as caught:
-        config.load("quickstrat")
+        configfile.load("quickstrat")
     must_say(str(caught.value), ["CONFIG", "'quickstrat'", "shipped.*quickstart"])
 
 

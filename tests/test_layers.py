@@ -25,6 +25,7 @@ FLOORS = [
     ["checkpoints"],
     ["population", "summary"],
     ["config"],
+    ["configfile"],
     ["driver"],
     ["table", "figures", "evaluation", "events", "progress"],
     ["report"],

@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import config, models
+from ray_subnets import models
 from ray_subnets.checkpoints import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +50,9 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
-    settings = config.load(str(path))
+    settings = configfile.load(str(path))
     assert settings.name == path.stem
-    assert config.parse(settings.to_yaml(), "again") == settings
+    assert configfile.parse(settings.to_yaml(), "again") == settings
 
 
 def test_the_large_network_has_the_published_size() -> None:

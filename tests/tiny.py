@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ray_subnets import config, driver
+from ray_subnets import driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.population import SerialPool, Worker
@@ -29,7 +29,7 @@ select: {count: 6}
 
 
 def tiny(*overrides: str) -> Config:
-    return config.parse(TINY, "tiny", overrides)
+    return configfile.parse(TINY, "tiny", overrides)
 
 
 def run_serial(settings: Config, folder: RunFolder, **how: Any) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""From YAML text and overrides to a `Config`, with errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ray_subnets.config import (
+    Config,
+    DataSection,
+    Noisy,
+    ParentTraining,
+    ResourcesSection,
+    SelectSection,
+    Sparse,
+    Stochastic,
+    Tuning,
+)
+
+SHIPPED = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)  # YAML 1.2: 5e-4 is a number
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: not valid YAML: {reason[:200]}") from None
+
+
+def find(name: str) -> Path:
+    """A config file by path, or a shipped one by name (`quickstart`).
+
+    Raises:
+        ValueError: neither; the message lists the shipped names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    stem = path.name.removesuffix(".yaml")
+    for folder in SHIPPED:
+        if (folder / f"{stem}.yaml").is_file() and path.parent in (Path(), Path("configs")):
+            return folder / f"{stem}.yaml"
+    shipped = sorted({file.stem for folder in SHIPPED for file in folder.glob("*.yaml")})
+    raise ValueError(f"CONFIG: no file {name!r}; shipped configs: {', '.join(shipped)}")
+
+
+def _override(record: Any, assignment: str) -> None:
+    """Apply one `key.path=value` in place; list items by number; `a,b` is a list."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{assignment!r}: an override is written key.path=value")
+    value = _yaml(f"[{text}]" if "," in text and not text.startswith("[") else text, key)
+    parts: list[Any] = key.split(".")
+    node = record
+    for depth, part in enumerate(parts):
+        path = ".".join(parts[: depth + 1])
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f"{path}: no such entry; the list has 0 to {len(node) - 1}")
+            part = int(part)
+        elif isinstance(node, str) and depth == 1 and parts[0] in ("data", "model"):
+            record[parts[0]] = node = {"name": node}
+        elif not isinstance(node, dict):
+            raise ValueError(f"{path}: {'.'.join(parts[:depth])} is a value, not a section")
+        if last:
+            node[part] = value
+        else:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+
+
+def _location(loc: Sequence[Any]) -> str:
+    # pydantic names the branch of a union in the path (`children.0.sparse.count`); drop it.
+    parts = list(loc)
+    if len(parts) > 2 and parts[0] == "children":
+        del parts[2]
+    return ".".join(str(part) for part in parts)
+
+
+def _known_keys(loc: Sequence[Any]) -> list[str]:
+    """Names that would be valid where `loc` ends."""
+    sections: dict[str, Any] = {
+        "data": DataSection,
+        "select": SelectSection,
+        "resources": ResourcesSection,
+        "noisy": Noisy,
+        "sparse": Sparse,
+        "stochastic": Stochastic,
+    }
+    above = loc[-2] if len(loc) > 1 else None
+    if above is None:
+        return list(Config.model_fields)
+    if above in ("parent", "tune"):
+        return [field.name for field in fields(ParentTraining if above == "parent" else Tuning)]
+    return list(sections[above].model_fields) if above in sections else []
+
+
+def one_line(error: ValidationError, source: str) -> str:
+    """The first problem, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return f"{source}: not valid JSON ({first['msg'].removeprefix('Invalid JSON: ')})"
+    where = _location(first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        key = str(first["loc"][-1])
+        close = difflib.get_close_matches(key, _known_keys(first["loc"]), 1)
+        message = "unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        if not close and _known_keys(first["loc"]):
+            message += f"; known: {', '.join(_known_keys(first['loc']))}"
+    elif first["type"] in ("missing", "missing_argument"):
+        message = "required, but missing"
+    elif first["type"] == "value_error":
+        # Raised by a section's own check: the message starts with the key inside the section.
+        where = f"{where}.{message}" if where else message
+        message = ""
+    elif first["type"].startswith("union_tag"):
+        message = "method must be one of noisy, sparse, stochastic" + (
+            f", not {first['input'].get('method')!r}"
+            if isinstance(first["input"], dict) and "method" in first["input"]
+            else ""
+        )
+    else:
+        found = repr(first["input"])
+        message += f", not {found if len(found) <= 60 else found[:57] + '...'}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {where}{': ' + message if message else ''}{more}"
+
+
+def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from YAML text and `key.path=value` overrides.
+
+    Raises:
+        ValueError: one line naming the key, what is wrong, and what would be right.
+    """
+    record = _yaml(text, source)
+    if not isinstance(record, dict):
+        raise ValueError(f"{source}: a config is a mapping of keys to values")
+    for assignment in overrides:
+        _override(record, assignment)
+    for path, value in _leaves(record):
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{source}: {path}: must be a finite number, not {value}")
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(
+                f"{source}: {path}: {value} is read as a {type(value).__name__}; put it in quotes"
+            )
+    plain = json.dumps(record)
+    try:
+        return Config.model_validate_json(plain, strict=True)
+    except ValidationError as error:
+        raise ValueError(one_line(error, source)) from None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is not a mapping or a list, with its dotted path."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """`parse` of a file found by `find`."""
+    path = find(name)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"CONFIG: cannot read {path}: {error}") from None
+    return parse(text, path.name, overrides)
