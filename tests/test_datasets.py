@@ -16,7 +16,7 @@ import torchvision.datasets
 from sklearn.datasets import load_digits
 from tiny import TINY
 
-from ray_subnets import Data, Preprocess, Split, datasets, driver, models
+from ray_subnets import Data, Preprocess, Split, configfile, datasets, driver, models
 from ray_subnets.data import Batches
 
 DEBIAN = Path(datasets.DEBIAN_FASHION_MNIST)

@@ -17,7 +17,7 @@ import pytest
 from conftest import Command
 from tiny import TINY, run_serial, tiny
 
-from ray_subnets import datasets, driver, evaluation, models, report
+from ray_subnets import configfile, datasets, driver, evaluation, models, report
 from ray_subnets.checkpoints import RunFolder
 
 Change = Callable[[Path], object]

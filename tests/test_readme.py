@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import models
+from ray_subnets import configfile, models
 from ray_subnets.checkpoints import RunFolder
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ray_subnets import driver
+from ray_subnets import configfile, driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.population import SerialPool, Worker
