@@ -40,24 +40,36 @@ class RunFolder:
         return str(self.root)
 
     @staticmethod
-    def create(root: str | Path, *, overwrite: bool = False) -> RunFolder:
-        """A new, empty run folder.
+    def check_free(root: str | Path, *, overwrite: bool = False) -> None:
+        """May a new run use this folder? Changes nothing.
 
         Raises:
             ValueError: something is there already and `overwrite` is not set, or it is set and
                 what is there is not a run folder.
         """
+        path = Path(root)
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not overwrite:
+            raise ValueError(
+                f"--out: {root} is already used; choose another --out, add --overwrite, or "
+                f"continue it with 'ray-subnets resume {root}'"
+            )
+        if not (path / CONFIG).is_file():
+            raise ValueError(
+                f"--overwrite: {root} is not a run folder (no {CONFIG}); nothing was deleted"
+            )
+
+    @staticmethod
+    def create(root: str | Path, *, overwrite: bool = False) -> RunFolder:
+        """A new, empty run folder.
+
+        Raises:
+            ValueError: see `check_free`; or the folder cannot be made.
+        """
+        RunFolder.check_free(root, overwrite=overwrite)
         folder = RunFolder(root)
-        if folder.root.exists() and (not folder.root.is_dir() or any(folder.root.iterdir())):
-            if not overwrite:
-                raise ValueError(
-                    f"--out: {root} is already used; choose another --out, add --overwrite, or "
-                    f"continue it with 'ray-subnets resume {root}'"
-                )
-            if not (folder.root / CONFIG).is_file():
-                raise ValueError(
-                    f"--overwrite: {root} is not a run folder (no {CONFIG}); nothing was deleted"
-                )
+        if overwrite and folder.root.exists():
             shutil.rmtree(folder.root)
         try:
             folder.root.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.exit(launch.main())
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,6 +90,7 @@ def run(
 
     settings = configfile.load(config, overrides or [])
     target = folder or f"runs/{settings.name}"
+    RunFolder.check_free(target, overwrite=overwrite)
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
 
 
@@ -116,36 +117,37 @@ def _do(
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
     driver.build(config, data)
-    folder = make()
-    cost = driver.prepare(config, data, folder)
-    events = Events(folder.root)
-    with progress.view(driver.jobs(config), err, quiet=quiet) as view:
+    with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
+        if not serial:  # before anything is written: the cluster may not answer
+            view.note("starting Ray" if not address else f"joining Ray at {address}")
+            from ray_subnets.distributed import cluster
+            from ray_subnets.distributed import run as ray_run
+
+            stack.enter_context(cluster.session(address))
+        folder = make()
+        cost = driver.prepare(config, data, folder)
+        events = Events(folder.root)
+        stack.callback(events.close)
+        stack.enter_context(_interruptible(folder))
 
         def listen(event: Any) -> None:
             view(event)
             events(event)
 
-        with _interruptible(folder):
-            if serial:
-                task = driver.task_of(config, folder)
-                pool = SerialPool(Worker(task, data, _serial_device(config)))
-                record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
-            else:
-                view.note("starting Ray" if not address else f"joining Ray at {address}")
-                from ray_subnets.distributed import cluster
-                from ray_subnets.distributed import run as ray_run
-
-                with cluster.session(address):
-                    record = ray_run.run(
-                        config,
-                        data,
-                        folder,
-                        cost=cost,
-                        listen=listen,
-                        notify=view.note,
-                        growing=bool(address),
-                    )
-    events.close()
+        if serial:
+            task = driver.task_of(config, folder)
+            pool = SerialPool(Worker(task, data, _serial_device(config)))
+            record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
+        else:
+            record = ray_run.run(
+                config,
+                data,
+                folder,
+                cost=cost,
+                listen=listen,
+                notify=view.note,
+                growing=bool(address),
+            )
     page = report.write(folder)
     _show(record)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)

@@ -228,3 +228,4 @@ def test_an_address_where_nothing_listens(command: Command, tmp_path: Path) -> N
     assert answer.returncode == 2
     assert "--address: no Ray cluster at 127.0.0.1:1" in answer.stderr.splitlines()[-1]
     assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "runs").exists()  # so that the corrected command is not refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,17 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
+
+
+def _answers(address: str) -> None:
+    """Does anything listen at `HOST:PORT`? Ray itself tries for minutes before it says no.
+
+    Raises:
+        OSError: nothing does. (`auto` names no place and is left to Ray.)
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager
@@ -42,8 +54,9 @@ def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[
                 logging_level=logging.ERROR,
             )
         else:
+            _answers(address or "")
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--address: no Ray cluster at {address}: {reason}; start one with 'ray start --head', "
