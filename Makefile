@@ -37,7 +37,7 @@ check: setup
 bench: setup
 	$(BIN)/python analysis/benchmarks/training_step.py
 
-# The README's Fashion-MNIST table: three configs, three seeds, about 45 minutes on two cores.
+# The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup
 	for kind in noisy sparse stochastic; do for seed in 0 1 2; do \
 		$(BIN)/ray-subnets run fashion_mnist_$$kind seed=$$seed --out runs/fashion_mnist_$$kind-$$seed || exit; \
