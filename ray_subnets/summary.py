@@ -82,6 +82,15 @@ class Scores:
         self._tests[tuple(ids)] = result
         return dict(result)
 
+    def validation(self, ids: Sequence[str]) -> dict[str, float]:
+        """Accuracy, NLL and Brier score on validation data: what settings may be chosen by."""
+        p, labels = combine(self.logits(ids, "validation"), self.how), self.labels["validation"]
+        return {
+            "accuracy": metrics.accuracy(p, labels),
+            "nll": metrics.nll(p, labels),
+            "brier": metrics.brier(p, labels),
+        }
+
     def diversity(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean pairwise disagreement, KL and correlation of members on test data (section 7.2)."""
         logits = self.logits(ids, "test")
@@ -187,6 +196,10 @@ def summarise(
         **group(members),
         "without_parent": scores.test(selected),
         "with_parent": scores.test(["parent", *selected]),
+        "validation": {
+            "without_parent": scores.validation(selected),
+            "with_parent": scores.validation(["parent", *selected]),
+        },
         "kinds": kinds,
         "by_size": _by_size(scores, by_id, selected),
     }

@@ -141,16 +141,12 @@ def predict(
     preprocess: Preprocess,
     *,
     batch_size: int = 500,
-    device: torch.device | None = None,
 ) -> Tensor:
-    """Logits `(N, C)` float32 on the CPU, in evaluation mode."""
+    """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does."""
     training = model.training
     model.eval()
     try:
-        logits = [
-            model(preprocess(part.to(device) if device else part)).float().cpu()
-            for part in images.split(batch_size)
-        ]
+        logits = [model(preprocess(part)).float().cpu() for part in images.split(batch_size)]
     finally:
         model.train(training)
     return torch.cat(logits)

@@ -76,6 +76,30 @@ def hashes(folder: Path) -> dict[str, str]:
             ["tiny.yaml", r"parent\.batchsize", "unknown key", r"did you mean batch_size\?"],
             id="unknown key",
         ),
+        pytest.param(
+            TINY,
+            ["tiny.yaml", "parent.epochs=two"],
+            ["tiny.yaml", r"parent\.epochs", "integer", "'two'"],
+            id="wrong type",
+        ),
+        pytest.param(
+            TINY,
+            ["tiny.yaml", "children.1.sparsity=1.5"],
+            ["tiny.yaml", r"children\.1\.sparsity", "less than 1", r"1\.5"],
+            id="out of range",
+        ),
+        pytest.param(
+            TINY,
+            ["tiny.yaml", "children.1.count=3"],
+            ["tiny.yaml", r"children\.1\.count", "partitions of 2", "multiple of 2"],
+            id="odd count",
+        ),
+        pytest.param(
+            TINY,
+            ["tiny.yaml", "children.0.method=quiet"],
+            ["tiny.yaml", r"children\.0", "noisy, sparse, stochastic", "'quiet'"],
+            id="unknown method",
+        ),
     ],
 )
 def test_a_bad_config_is_one_line(

@@ -161,6 +161,10 @@ def test_selection_uses_validation_data_and_says_why(
     folder, record = finished
     ids = [child["id"] for child in record["children"]]
     saved = load_outputs(folder, ids, "validation")
+    members = [saved.ids.index(id) for id in record["ensemble"]["members"]]
+    assert record["ensemble"]["validation"]["without_parent"]["nll"] == pytest.approx(
+        metrics.nll(combine(saved.logits[members]), saved.labels)
+    )
     nll = {
         id: metrics.nll(logits.double().softmax(1), saved.labels)
         for id, logits in zip(ids, saved.logits, strict=True)

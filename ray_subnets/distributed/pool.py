@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from ray_subnets.config import ResourcesSection
 from ray_subnets.data import Data
@@ -82,7 +82,6 @@ class _Slot:
     """reference that resolves when the actor is ready; None afterwards"""
     job: Job | None = None
     stream: Any = None
-    load: Any = None
     has_parent: bool = False
 
 
@@ -214,7 +213,7 @@ class RayPool:
             job = self._queue.popleft()
             if isinstance(job, ChildSpec) and not slot.has_parent:
                 # Calls of one actor run in order: the job starts after the weights are there.
-                slot.load = slot.handle.load.remote([self._parent])
+                slot.handle.load.remote([self._parent])
                 slot.has_parent = True
             self._attempts[job.id] = self._attempts.get(job.id, 0) + 1
             slot.job = job
@@ -241,7 +240,7 @@ class RayPool:
             if isinstance(cause, ValueError):
                 raise ValueError(str(cause)) from None
             raise
-        except (RayActorError, GetTimeoutError) as error:
+        except RayActorError as error:
             yield from self._replace(slot, error)
             return
         yield report
