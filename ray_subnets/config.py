@@ -7,8 +7,7 @@ are errors. `configfile.py` reads settings from YAML.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,21 +20,17 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from ray_subnets.groups import Noisy, Section, Sparse, Stochastic, plain
 from ray_subnets.population import Task
 from ray_subnets.recipes import (
     ChildSpec,
     Count,
     Fit,
-    MethodName,
     NonNegative,
     Positive,
     Training,
     derive,
 )
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _named(value: Any) -> Any:
@@ -84,164 +79,12 @@ class ParentTraining(Training):
     """devices that share each batch, by Ray Train when more than one"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning(Training):
-    """`Training` of a child: one-cycle by default (section 5.2)."""
+class SinglesSection(Section):
+    """Single models of other budgets and rates than the parent's: the best-tuned opponent."""
 
-    schedule: Literal["decay", "one_cycle", "constant"] = "one_cycle"
-
-
-def _plain(training: Training) -> Training:
-    """Only what a worker needs to know."""
-    return Training(**{field.name: getattr(training, field.name) for field in fields(Training)})
-
-
-class Group(Section):
-    """Children of one kind."""
-
-    count: Count
-    partition: Count = 1
-    """siblings that share a mask draw and divide the weights; 1: every mask on its own"""
-    draw: Literal["exact", "bernoulli"] = "exact"
-    """exact count per layer, or each weight by chance"""
-    mask_classifier: bool = False
-    """also mask the last layer"""
-
-    @property
-    def set_size(self) -> int:
-        """Children that share one draw."""
-        return self.partition
-
-    def _specs(
-        self, method: MethodName, density: float, seed: int, names: Mapping[str, int], **fields: Any
-    ) -> list[ChildSpec]:
-        """`count` recipes; `names` says how many of each method came before."""
-        specs = []
-        for i in range(self.count):
-            which, place = divmod(i, self.set_size)
-            specs.append(
-                ChildSpec(
-                    id=f"{method}-{names.get(method, 0) + i:03d}",
-                    method=method,
-                    seed=derive(seed, "set", which),
-                    density=density,
-                    draw=self.draw,
-                    part=place % self.partition,
-                    parts=self.partition,
-                    mask_classifier=self.mask_classifier,
-                    sign=-1 if place >= self.partition else 1,
-                    training_seed=derive(seed, "tune", i),
-                    **fields,
-                )
-            )
-        return specs
-
-    def _check_sets(self, what: str) -> None:
-        if self.count % self.set_size:
-            raise ValueError(
-                f"count: {self.count} children do not make whole {what}; "
-                f"use a multiple of {self.set_size}"
-            )
-
-    def _kept(self, sparsity: float | None) -> float:
-        """Density of the drawn mask, from sparsity and partition."""
-        if sparsity is None:
-            if self.partition == 1:
-                raise ValueError("sparsity: required where partition is 1 (fraction removed)")
-            return 1 / self.partition
-        if self.partition > 2 and abs(sparsity - (1 - 1 / self.partition)) > 1e-3:
-            raise ValueError(
-                f"sparsity: a partition of {self.partition} has sparsity "
-                f"{1 - 1 / self.partition:.3f}; leave it out"
-            )
-        return 1 / self.partition if self.partition > 2 else 1 - sparsity
-
-
-class Noisy(Group):
-    """Chapter 4: Gaussian noise on a subnetwork, no training."""
-
-    method: Literal["noisy"]
-    sigma: Positive
-    """standard deviation of the noise, in units of the weights"""
-    mean: float = 0.0
-    density: Annotated[float, Field(gt=0, le=1)] | None = None
-    """fraction of weights perturbed; default 1 / partition"""
-    draw: Literal["exact", "bernoulli"] = "bernoulli"
-    mirrored: bool = False
-    """each draw also with the opposite sign (eq. 4.10, 4.11)"""
-
-    @property
-    def set_size(self) -> int:
-        return self.partition * (2 if self.mirrored else 1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Noisy:
-        names = ["mirrored"] * self.mirrored + [f"partitions of {self.partition}"]
-        self._check_sets(" ".join(names) if self.partition > 1 else "mirrored pairs")
-        if self.partition > 2 and self.density is not None:
-            raise ValueError("density: with a partition above 2 it is 1 / partition; leave it out")
-        return self
-
-    def specs(self, seed: int, names: Mapping[str, int]) -> list[ChildSpec]:
-        density = self.density if self.density is not None else 1 / self.partition
-        return self._specs("noisy", density, seed, names, sigma=self.sigma, mean=self.mean)
-
-
-class Sparse(Group):
-    """Chapter 5: prune a subnetwork, tune what is left."""
-
-    method: Literal["sparse"]
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """fraction of weights removed; default 1 - 1 / partition"""
-    tune: Tuning
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Sparse:
-        self._check_sets(f"partitions of {self.partition}")
-        self._kept(self.sparsity)
-        return self
-
-    def specs(self, seed: int, names: Mapping[str, int]) -> list[ChildSpec]:
-        return self._specs(
-            "sparse", self._kept(self.sparsity), seed, names, training=_plain(self.tune)
-        )
-
-
-class Stochastic(Group):
-    """Chapter 6: a fresh mask every forward pass, annealed to a fixed subnetwork."""
-
-    method: Literal["stochastic"]
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """fraction of weights removed in the end; default 1 - 1 / partition"""
-    tau: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """initial chance of a weight outside the subnetwork to be active (eq. 6.6)"""
-    anneal: Literal["linear", "cosine", "exponential"] = "linear"
-    anneal_epochs: NonNegative
-    """epochs until that chance is zero; fractions allowed"""
-    tune: Tuning
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Stochastic:
-        self._check_sets(f"partitions of {self.partition}")
-        self._kept(self.sparsity)
-        if self.anneal_epochs > self.tune.epochs:
-            raise ValueError(
-                f"anneal_epochs: {self.anneal_epochs:g} is more than tune.epochs, "
-                f"{self.tune.epochs}; the subnetwork must be fixed at the end"
-            )
-        return self
-
-    def specs(self, seed: int, names: Mapping[str, int]) -> list[ChildSpec]:
-        return self._specs(
-            "stochastic",
-            self._kept(self.sparsity),
-            seed,
-            names,
-            training=_plain(self.tune),
-            tau=self.tau,
-            anneal=self.anneal,
-            anneal_epochs=self.anneal_epochs,
-        )
+    epochs: Annotated[tuple[Count, ...], Field(min_length=1)]
+    lr: tuple[Positive, ...] = ()
+    """default: the parent's"""
 
 
 class SelectSection(Section):
@@ -249,6 +92,9 @@ class SelectSection(Section):
     """members taken from all children; default: every child that did not fail"""
     by: Literal["nll", "accuracy"] = "nll"
     """fitness, on validation data"""
+    method: Literal["best", "greedy"] = "best"
+    """best: the fittest (algorithm 1); greedy: one at a time, whichever lowers the ensemble's
+    validation NLL most, until none does or `count` are taken"""
 
 
 class ResourcesSection(Section):
@@ -259,6 +105,8 @@ class ResourcesSection(Section):
     cpus_per_actor: Positive = 1
     gpus_per_actor: NonNegative | None = None
     """whole, or a fraction to share a GPU; default: 1 if the cluster has GPUs, else 0"""
+    channels_last: bool = True
+    """memory format of convolutional networks, where it is safe; part of the numbers"""
     retries: Annotated[int, Field(ge=0)] = 3
     """times that a job is given to another actor after its actor died"""
 
@@ -284,13 +132,24 @@ class Config(Section):
         Field(min_length=1),
     ]
     select: SelectSection = SelectSection()
-    combine: Literal["probabilities", "logits", "vote"] = "probabilities"
+    combine: Literal["probabilities", "weighted", "logits", "vote"] = "probabilities"
     """how members' outputs become one (section 3.2.5)"""
     include_parent: bool = False
     """is the parent a member of the ensemble that is kept? Both are reported"""
     single: bool = True
     """also train one network for the whole budget, beside the children, to compare with"""
+    singles: SinglesSection | None = None
+    """and more of them, every number of epochs with every rate; the best by validation NLL is
+    reported"""
     resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="after")
+    def _groups(self) -> Config:
+        labels = [group.label for group in self.children if group.name is not None]
+        for label in labels:
+            if labels.count(label) > 1 or label in ("parent", "single"):
+                raise ValueError(f"children.name: {label!r} is taken; give this group another name")
+        return self
 
     @model_validator(mode="after")
     def _enough(self) -> Config:
@@ -309,13 +168,14 @@ class Config(Section):
         specs: list[ChildSpec] = []
         names: dict[str, int] = {}
         for index, group in enumerate(self.children):
-            new = group.specs(derive(self.seed, "group", index), names)
-            names[group.method] = names.get(group.method, 0) + len(new)
+            shared = index if group.draws_of is None else group.draws_of
+            new = group.specs(derive(self.seed, "group", shared), names)
+            names[group.label] = names.get(group.label, 0) + len(new)
             specs += new
         return specs
 
     def parent_job(self) -> Fit:
-        return Fit(id="parent", training=_plain(self.parent), seed=derive(self.seed, "parent"))
+        return Fit(id="parent", training=plain(self.parent), seed=derive(self.seed, "parent"))
 
     def budget(self) -> int:
         """Epochs of the parent and of all children together."""
@@ -325,8 +185,22 @@ class Config(Section):
         """One network, the parent's recipe, the whole budget."""
         if not self.single:
             return None
-        training = replace(_plain(self.parent), epochs=self.budget())
+        training = replace(plain(self.parent), epochs=self.budget())
         return Fit(id="single", training=training, seed=derive(self.seed, "single"))
+
+    def singles_jobs(self) -> list[Fit]:
+        """Single models of other budgets and rates; all start from the same initial weights."""
+        if self.singles is None:
+            return []
+        return [
+            Fit(
+                id=f"single-{epochs}-{lr:g}",
+                training=replace(plain(self.parent), epochs=epochs, lr=lr),
+                seed=derive(self.seed, "single"),
+            )
+            for epochs in self.singles.epochs
+            for lr in self.singles.lr or (self.parent.lr,)
+        ]
 
     def task(self, folder: str) -> Task:
         return Task(
@@ -335,6 +209,7 @@ class Config(Section):
             model_options=self.model.options,
             fitness=self.select.by,
             threads=self.resources.threads,
+            channels_last=self.resources.channels_last,
             import_from=str(Path.cwd()),
         )
 

@@ -17,14 +17,12 @@ from ruamel.yaml.error import YAMLError
 from ray_subnets.config import (
     Config,
     DataSection,
-    Noisy,
     ParentTraining,
     ResourcesSection,
     SelectSection,
-    Sparse,
-    Stochastic,
-    Tuning,
+    SinglesSection,
 )
+from ray_subnets.groups import Noisy, Sparse, Stochastic, Tuning, vary
 
 SHIPPED = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 
@@ -95,6 +93,7 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         "data": DataSection,
         "select": SelectSection,
         "resources": ResourcesSection,
+        "singles": SinglesSection,
         "noisy": Noisy,
         "sparse": Sparse,
         "stochastic": Stochastic,
@@ -159,6 +158,11 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(
                 f"{source}: {path}: {value} is read as a {type(value).__name__}; put it in quotes"
             )
+    try:
+        if "children" in record:
+            record["children"] = vary(record["children"])
+    except ValueError as error:
+        raise ValueError(f"{source}: children.{error}") from None
     plain = json.dumps(record)
     try:
         return Config.model_validate_json(plain, strict=True)

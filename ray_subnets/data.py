@@ -149,6 +149,16 @@ def check(data: Data) -> Data:
     return data
 
 
+def bagged(data: Data, fraction: float, seed: int) -> Data:
+    """The same data with a random `fraction` of its training samples (NP+BAG, chapter 5)."""
+    if fraction == 1:
+        return data
+    n = len(data.train)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    chosen = order[: max(1, round(fraction * n))].sort().values
+    return replace(data, train=data.train.take(chosen.to(data.train.labels.device)))
+
+
 @dataclass(frozen=True)
 class Batch:
     """`x` network inputs `(n, *shape)`, `y` labels `(n,)`, `size` to divide the summed loss by."""

@@ -15,25 +15,24 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from ray_subnets import configfile, datasets, environment, masks, models
+from ray_subnets import configfile, datasets, environment, models
 from ray_subnets.checkpoints import CONFIG, RunFolder
-from ray_subnets.config import Config, ModelSection, Section
+from ray_subnets.config import Config, ModelSection
 from ray_subnets.data import Data, Preprocess
-from ray_subnets.ensemble import Ensemble
+from ray_subnets.ensemble import Ensemble, greedy
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
+from ray_subnets.groups import Section
 from ray_subnets.population import (
     Pool,
     Report,
     Task,
-    load_weights,
-    restore,
-    stored_result,
 )
-from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
-from ray_subnets.selection import Decision, select
-from ray_subnets.spawning import kept_fraction
-from ray_subnets.summary import LABELS, summarise
+from ray_subnets.recipes import ChildResult, ChildSpec, Fit, Job, Result, Stored
+from ray_subnets.selection import Decision, joined, select, share_of
+from ray_subnets.spawning import KINDS, anatomy
+from ray_subnets.stored import load_weights, needs_parent, restore, stored_result
+from ray_subnets.summary import LABELS, load_outputs, summarise
 
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
@@ -56,17 +55,31 @@ def build(config: Config, data: Data) -> nn.Module:
         ValueError: unknown network or option, or nothing in it to mask.
     """
     model = models.build(
-        config.model.name, data.input_shape, data.num_classes, config.model.options, seed=0
+        config.model.name,
+        data.input_shape,
+        data.num_classes,
+        config.model.options,
+        seed=0,
+        channels_last=config.resources.channels_last,
     )
+    seen = set()
     for spec in config.specs():
-        masks.maskable(model, classifier=spec.mask_classifier)
+        key = (spec.mask_classifier, spec.structure if spec.structure in KINDS else "weight")
+        if key not in seen:
+            seen.add(key)
+            anatomy(model, spec, data.input_shape)
     return model
 
 
 def jobs(config: Config) -> list[Job]:
     """Every job of a run: parent, single model (if any), children."""
     single = config.single_job()
-    return [config.parent_job(), *([single] if single else []), *config.specs()]
+    return [
+        config.parent_job(),
+        *([single] if single else []),
+        *config.singles_jobs(),
+        *config.specs(),
+    ]
 
 
 def prepare(config: Config, data: Data, folder: RunFolder) -> Cost:
@@ -116,6 +129,10 @@ def run(
         results = _work(config, folder, pool, listen)
         specs = config.specs()
         decisions = (choose or _choose(config))({spec.id: results[spec.id] for spec in specs})
+        trace = None
+        if config.select.method == "greedy":
+            trace = _greedy(config, folder, decisions)
+            decisions = joined(decisions, trace)
         if not any(decision.selected for decision in decisions):
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
         _write_members(config, data, folder, results, decisions)
@@ -124,14 +141,16 @@ def run(
         record = summarise(
             folder,
             how=config.combine,
+            by=config.select.by,
             include_parent=config.include_parent,
             specs=specs,
             results=results,
             decisions=decisions,
             cost=cost,
-            densities=_densities(config, data),
             times={"start": start, "wall_seconds": end - start},
         )
+        if trace is not None:
+            record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {
@@ -165,9 +184,9 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
             submit(spec)
 
     submit(config.parent_job())
-    single = config.single_job()
-    if single:
-        submit(single)
+    for job in jobs(config):
+        if isinstance(job, Fit) and job.id != "parent":
+            submit(job)
     if "parent" in results:
         spawn_children()
     for report in pool.reports():
@@ -186,6 +205,19 @@ def _choose(config: Config) -> Select:
     return choose
 
 
+def _greedy(
+    config: Config, folder: RunFolder, decisions: Sequence[Decision]
+) -> list[tuple[str, float]]:
+    """Forward selection among children that did not fail, on validation data."""
+    alive = sorted(decision.id for decision in decisions if decision.rank is not None)
+    if not alive:
+        return []
+    outputs = load_outputs(folder, alive, "validation")
+    return [
+        (alive[i], nll) for i, nll in greedy(outputs.logits, outputs.labels, config.select.count)
+    ]
+
+
 def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[Decision]:
     """`selection.select` of children's results."""
     return select(
@@ -194,21 +226,6 @@ def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[De
         by=by,
         errors={id: r.error for id, r in results.items() if r.error},
     )
-
-
-def _densities(config: Config, data: Data) -> dict[str, dict[str, float]]:
-    """Child id -> kept fraction of each weight it masks; empty for children without zeros."""
-    model = build(config, data)
-    names = {flag: list(masks.maskable(model, classifier=flag)) for flag in _flags(config)}
-    result = {}
-    for spec in config.specs():
-        kept = kept_fraction(spec)
-        result[spec.id] = dict.fromkeys(names[spec.mask_classifier], kept) if kept < 1 else {}
-    return result
-
-
-def _flags(config: Config) -> set[bool]:
-    return {spec.mask_classifier for spec in config.specs()}
 
 
 def _describe_data(data: Data) -> dict[str, Any]:
@@ -231,6 +248,8 @@ class MemberRecord(Section):
     recipe: ChildSpec
     weights: Stored | None
     """None: the recipe and the parent are enough"""
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """weight in a fitness-weighted mean, before all are made to sum to one"""
 
 
 class EnsembleRecord(Section):
@@ -242,9 +261,10 @@ class EnsembleRecord(Section):
     num_classes: Annotated[int, Field(ge=2)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    combine: Literal["probabilities", "logits", "vote"]
+    combine: Literal["probabilities", "weighted", "logits", "vote"]
     include_parent: bool
     parent: Stored
+    parent_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     members: Annotated[tuple[MemberRecord, ...], Field(min_length=1)]
 
 
@@ -262,7 +282,9 @@ def _write_members(
     members = []
     for spec in config.specs():
         if spec.id in selected:
-            members.append(MemberRecord(recipe=spec, weights=results[spec.id].weights))
+            result = results[spec.id]
+            share = share_of(result.validation, config.select.by)
+            members.append(MemberRecord(recipe=spec, weights=result.weights, share=share))
     record = EnsembleRecord(
         format=1,
         model=config.model,
@@ -273,6 +295,7 @@ def _write_members(
         combine=config.combine,
         include_parent=config.include_parent,
         parent=parent,
+        parent_share=share_of(results["parent"].validation, config.select.by),
         members=tuple(members),
     )
     folder.write_json("ensemble.json", record.model_dump(mode="json"))
@@ -309,21 +332,26 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
         except ValueError as error:
             raise ValueError(f"{source}: {error}; {again}") from None
 
-    needs_parent = record.include_parent or any(m.weights is None for m in record.members)
-    parent = folder.load_tensors(record.parent) if needs_parent else {}
-    members, ids = [], []
+    wanted = record.include_parent or any(needs_parent(m.recipe, m.weights) for m in record.members)
+    parent = folder.load_tensors(record.parent) if wanted else {}
+    members, ids, shares = [], [], []
     if record.include_parent:
         network = build()
         load_weights(network, parent, f"{source}: {record.parent.file}")
         members.append(network)
         ids.append("parent")
+        shares.append(record.parent_share)
     for member in record.members:
-        network = build()
-        restore(folder, network, parent, member.recipe, member.weights, source)
-        members.append(network)
+        shape = record.input_shape
+        members.append(
+            restore(folder, build(), parent, member.recipe, member.weights, source, shape)
+        )
         ids.append(member.recipe.id)
+        shares.append(member.share)
     preprocess = Preprocess(record.mean, record.std)
-    ensemble = Ensemble(members, ids=ids, preprocess=preprocess, combine=record.combine)
+    ensemble = Ensemble(
+        members, ids=ids, preprocess=preprocess, combine=record.combine, weights=shares
+    )
     return ensemble.to(device).eval().requires_grad_(False)
 
 

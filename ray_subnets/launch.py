@@ -176,6 +176,8 @@ def _show(record: dict[str, Any]) -> None:
 
     out.print(table.table(record))
     out.print(table.LEGEND, style="dim", highlight=False)
+    for line in table.notes(record):
+        out.print(f"Note: {line}", style="yellow", highlight=False, markup=False)
     out.print(table.verdict(record), highlight=False)
     out.print(table.cost_text(record), highlight=False)
 

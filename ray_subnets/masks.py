@@ -2,8 +2,8 @@
 
 A mask set is a `dict[str, Tensor]` of bool tensors, keyed by parameter name and shaped like the
 parameter; 1 (True) marks a weight that belongs to the subnetwork. `density` is always the fraction
-of ones. Draws use an explicit CPU generator and integer or 24-bit uniform numbers only, so the same
-generator state gives the same bits on every processor.
+of ones. Draws use an explicit CPU generator and integers only, so the same generator state gives
+the same bits on every processor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from ray_subnets import draws
 
 Masks = dict[str, Tensor]
 Shapes = Mapping[str, torch.Size]
@@ -45,22 +47,86 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.S
     return {name: parameters[name].shape for name in kept}
 
 
-def exact(shapes: Shapes, density: float, generator: torch.Generator) -> Masks:
-    """Masks with exactly `round(density * n)` ones in each layer (local, unstructured, random)."""
-    masks = {}
-    for name, shape in shapes.items():
-        order = torch.randperm(shape.numel(), generator=generator)
-        mask = torch.zeros(shape.numel(), dtype=torch.bool)
-        mask[order[: round(density * shape.numel())]] = True
-        masks[name] = mask.view(shape)
+def _split(flat: Tensor, shapes: Shapes) -> Masks:
+    """One flat vector over all layers, cut into tensors of their shapes."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {
+        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def _pool(shapes: Shapes, scope: str) -> list[Shapes]:
+    """Which layers share one count: each its own (local) or all of them (global)."""
+    assert scope in ("local", "global")
+    return [shapes] if scope == "global" else [{name: shape} for name, shape in shapes.items()]
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def exact(
+    shapes: Shapes, density: float, generator: torch.Generator, *, scope: str = "local"
+) -> Masks:
+    """Masks with exactly `round(density * n)` ones, at random places.
+
+    `scope`: n is the size of each layer (local), or of all together (global; section 3.2.1).
+    """
+    masks: Masks = {}
+    for pool in _pool(shapes, scope):
+        n = _numel(pool)
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[torch.randperm(n, generator=generator)[: round(density * n)]] = True
+        masks |= _split(mask, pool)
     return masks
 
 
 def bernoulli(shapes: Shapes, density: float, generator: torch.Generator) -> Masks:
     """Masks whose entries are independently one with probability `density` (eq. 4.1, 5.1)."""
-    return {
-        name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()
-    }
+    return _split(draws.coins(_numel(shapes), density, draws.seed_from(generator)), shapes)
+
+
+def magnitude(
+    weights: Mapping[str, Tensor], shapes: Shapes, density: float, *, scope: str = "local"
+) -> Masks:
+    """Masks of the `round(density * n)` largest |w| (L1 pruning keeps them; section 6.3.1).
+
+    Of equal ones the first stays. `scope` as in `exact`.
+    """
+    masks: Masks = {}
+    for pool in _pool(shapes, scope):
+        size = torch.cat([weights[name].detach().abs().reshape(-1) for name in pool])
+        order = size.argsort(descending=True, stable=True)
+        mask = torch.zeros(len(size), dtype=torch.bool)
+        mask[order[: round(density * len(size))].cpu()] = True
+        masks |= _split(mask, pool)
+    return masks
+
+
+def layers(
+    shapes: Shapes,
+    density: float,
+    generator: torch.Generator,
+    *,
+    draw: str = "exact",
+    sizes: Mapping[str, float] | None = None,
+) -> Masks:
+    """Masks of whole layers: all ones or all zeros (layer-level structure, section 3.2.1).
+
+    Args:
+        density: fraction of layers kept (exact), or the chance of each (bernoulli).
+        sizes: keep the layers of largest size (mean |w|) instead of random ones.
+    """
+    one = {name: torch.Size([1]) for name in shapes}
+    if sizes is not None:
+        chosen = magnitude(
+            {name: torch.tensor([sizes[name]]) for name in one}, one, density, scope="global"
+        )
+    elif draw == "exact":
+        chosen = exact(one, density, generator, scope="global")
+    else:
+        chosen = bernoulli(one, density, generator)
+    return {name: chosen[name].expand(shape).clone() for name, shape in shapes.items()}
 
 
 def complement(masks: Mapping[str, Tensor]) -> Masks:
@@ -69,12 +135,18 @@ def complement(masks: Mapping[str, Tensor]) -> Masks:
 
 
 def partition(
-    shapes: Shapes, parts: int, generator: torch.Generator, *, draw: str = "exact"
+    shapes: Shapes,
+    parts: int,
+    generator: torch.Generator,
+    *,
+    draw: str = "exact",
+    scope: str = "local",
 ) -> list[Masks]:
     """`parts` disjoint mask sets that together cover every weight once (eq. 3.10, 3.11).
 
-    `exact`: one random permutation of each layer cut into `parts` runs whose lengths differ by at
-    most one. `bernoulli`: each weight joins one part, chosen uniformly.
+    `exact`: one random permutation of each layer (or of all together: `scope`) cut into `parts`
+    runs whose lengths differ by at most one. `bernoulli`: each weight joins one part, chosen
+    uniformly.
 
     Returns:
         `parts` mask sets; for every weight exactly one of them is one.
@@ -82,8 +154,8 @@ def partition(
     assert parts >= 1
     assert draw in ("exact", "bernoulli")
     result: list[Masks] = [{} for _ in range(parts)]
-    for name, shape in shapes.items():
-        n = shape.numel()
+    for pool in _pool(shapes, scope):
+        n = _numel(pool)
         if draw == "exact":
             owner = torch.empty(n, dtype=torch.int16)
             order = torch.randperm(n, generator=generator)
@@ -93,8 +165,13 @@ def partition(
         else:
             owner = torch.randint(parts, (n,), generator=generator, dtype=torch.int16)
         for part, masks in enumerate(result):
-            masks[name] = (owner == part).view(shape)
+            masks |= _split(owner == part, pool)
     return result
+
+
+def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
+    """Names of layers of which nothing is left: no signal passes them."""
+    return [name for name, mask in masks.items() if not mask.any()]
 
 
 def density(masks: Mapping[str, Tensor]) -> float:

@@ -6,47 +6,76 @@ children: s = +1, -1 times M, 1 - M (eq. 4.8-4.11).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ray_subnets.masks import Shapes
-
-
-def normals(
-    shapes: Shapes, generator: torch.Generator, *, mean: float = 0.0, sigma: float = 1.0
-) -> dict[str, Tensor]:
-    """Independent float32 draws from Normal(mean, sigma^2), one tensor per name (eq. 4.2).
-
-    Drawn by numpy's SFC64 seeded from `generator`: `torch.randn` in float32 gives other last bits
-    on processors with and without AVX2, and a recipe must give the same child on both. It takes
-    about twice the time (`make bench`).
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    source = np.random.Generator(np.random.SFC64(seed))
-    noise = {}
-    for name, shape in shapes.items():
-        tensor = torch.from_numpy(source.standard_normal(tuple(shape), dtype=np.float32))
-        tensor.mul_(sigma)
-        noise[name] = tensor.add_(mean) if mean else tensor
-    return noise
+from ray_subnets import draws
 
 
 def perturb(
     weights: Mapping[str, Tensor],
-    noise: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    mean: float = 0.0,
+    sigma: float = 1.0,
+    scale: Mapping[str, float] | None = None,
     sign: int = 1,
 ) -> dict[str, Tensor]:
-    """New weights `W + sign * (N o M)` (eq. 4.8-4.11); tensors without noise are copied."""
+    """New weights `W + sign * (N o M)` (eq. 4.2, 4.8-4.11); tensors without a mask are copied.
+
+    The noise is drawn for every weight, masked or not, so siblings that share a generator state
+    share N. Drawing, scaling, masking and adding go chunk by chunk, while a chunk is in the cache.
+
+    Args:
+        weights: CPU tensors.
+        scale: name -> factor of mean and sigma, to make them relative (see `spread`).
+    """
     assert sign in (1, -1)
-    result = {}
-    for name, weight in weights.items():
-        if name in noise:
-            n, m = noise[name].to(weight.dtype), masks[name].to(weight.dtype)
-            result[name] = torch.addcmul(weight, n, m, value=sign)
-        else:
-            result[name] = weight.clone()
-    return result
+    seed = draws.seed_from(generator)
+    names = [name for name in weights if name in masks]
+    starts, total = {}, 0
+    for name in names:
+        starts[name] = total
+        total += weights[name].numel()
+    result = {name: tensor.clone() for name, tensor in weights.items() if name not in masks}
+    # Float32 in one run of memory, whatever the weights' own type and memory format.
+    summed = {
+        name: weights[name]
+        .detach()
+        .to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name in names
+    }
+    flat = {name: summed[name].view(-1).numpy() for name in names}
+    chosen = {name: masks[name].reshape(-1).numpy() for name in names}
+
+    def add(chunk: int, where: slice) -> None:
+        noise = draws.stream(seed, chunk).standard_normal(
+            where.stop - where.start, dtype=np.float32
+        )
+        for name in names:
+            start = starts[name]
+            low, high = max(where.start, start), min(where.stop, start + flat[name].size)
+            if low < high:
+                n, here = (
+                    noise[low - where.start : high - where.start],
+                    slice(low - start, high - start),
+                )
+                factor = sign * (scale[name] if scale is not None else 1.0)
+                n *= np.float32(sigma * factor)
+                if mean:
+                    n += np.float32(mean * factor)
+                n *= chosen[name][here]
+                flat[name][here] += n
+
+    draws.in_chunks(total, add)
+    result |= {name: summed[name].to(weights[name].dtype) for name in names}
+    return {name: result[name] for name in weights}
+
+
+def spread(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """Standard deviation of each named tensor: the unit of relative noise."""
+    return {name: float(weights[name].double().std(correction=0)) for name in names}

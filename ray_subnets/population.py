@@ -7,31 +7,54 @@ job's numbers depend on the job, the data and the number of threads, and on noth
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import masks as masks_
-from ray_subnets import metrics, models, sparse, stochastic, supervised
+from ray_subnets import metrics, models, sparse, supervised
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.data import Batches, Data
+from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
-from ray_subnets.recipes import ChildResult, ChildSpec, Epoch, Fit, Job, Result, Stored
+from ray_subnets.masks import Masks
+from ray_subnets.recipes import (
+    ChildResult,
+    ChildSpec,
+    Epoch,
+    Fit,
+    Job,
+    Result,
+    Stored,
+    Training,
+    derive,
+)
 from ray_subnets.selection import fitness_of
-from ray_subnets.spawning import METHODS, masks_of, spawn_weights
+from ray_subnets.spawning import (
+    METHODS,
+    Anatomy,
+    anatomy,
+    anneals,
+    removable,
+    spawn_weights,
+    topology,
+    without_removed,
+)
+from ray_subnets.stored import (
+    checkpoint_name,
+    load_checkpoint,
+    pack_child,
+    save_checkpoint,
+    store_result,
+)
 from ray_subnets.supervised import Diverged
+from ray_subnets.topology import Topology
 
 Report = Epoch | Result
 
@@ -46,6 +69,7 @@ class Task:
     fitness: str = "nll"
     threads: int = 1
     """torch threads of a job: part of the numbers, since sums are split over threads"""
+    channels_last: bool = True
     import_from: str = ""
     """folder where the user's own modules lie (the driver's working folder)"""
 
@@ -79,6 +103,7 @@ class Worker:
         self.device = torch.device(device)
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
+        self._anatomies: dict[tuple[bool, str], Anatomy] = {}
         self._earlier = 0.0  # seconds that earlier attempts spent on the job at hand
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         if self.device.type == "cuda":
@@ -119,7 +144,7 @@ class Worker:
             )
             if self.primary:
                 store_result(self.folder, result)
-                self.folder.remove(_checkpoint_name(job))
+                self.folder.remove(checkpoint_name(job))
             yield result
         finally:
             torch.set_num_threads(threads)
@@ -128,7 +153,12 @@ class Worker:
         """The run's network with initial weights drawn from `seed`, on this device."""
         task, data = self.task, self.data
         model = models.build(
-            task.model, data.input_shape, data.num_classes, task.model_options, seed
+            task.model,
+            data.input_shape,
+            data.num_classes,
+            task.model_options,
+            seed,
+            channels_last=task.channels_last,
         )
         return model.to(self.device)
 
@@ -142,39 +172,58 @@ class Worker:
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
+        return (yield from self._run_child(job))
+
+    def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
         model = self.build(seed=0)
-        shapes = masks_.maskable(model, classifier=job.mask_classifier)
-        child = spawn_weights(self.parent, shapes, job)
+        body = self.anatomy(model, spec)
+        child = spawn_weights(self.parent, body, spec)
+        sub, method, images = child.subnetwork, METHODS[spec.method], 0
         model.load_state_dict(child.weights)
-        method, images = METHODS[job.method], 0
-        if job.training is not None and job.training.epochs:
-            tau = None
-            if method.stochastic:
-                tau = partial(
-                    stochastic.anneal, start=job.tau, epochs=job.anneal_epochs, shape=job.anneal
-                )
+        if not anneals(spec):
+            model = without_removed(model, spec, sub, body)
+        if spec.recompute_norm:
+            supervised.recompute_norm(model, self.batches(500, spec.training_seed))
+        masks = sub.masks
+        if spec.training is not None and spec.training.epochs:
+            parameters = dict(model.named_parameters())
+            tuned = topology(spec, sub, body, parameters)
+            data = bagged(self.data, spec.bag, derive(spec.training_seed, "bag"))
             images = yield from self._train(
-                job,
-                model,
-                job.training,
-                job.training_seed,
-                masks=child.masks if method.prunes else None,
-                tau=tau,
+                spec, model, spec.training, spec.training_seed, data=data, topology=tuned
             )
-        stored = None
-        if job.epochs or not method.prunes:
-            final = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-            if method.prunes:
+            masks = tuned.masks if tuned is not None else masks
+            if (method.prunes and not removable(spec, sub)) or anneals(spec):
                 # A temperature above zero to the very end leaves weights outside the mask.
-                final = sparse.prune(final, child.masks)
-                model.load_state_dict(final)
-            if job.epochs:
-                packed = sparse.pack(final, child.masks) if method.prunes else final
-                stored = self.folder.save_tensors(f"children/{job.id}.safetensors", packed)
-        return self.finish(job, model, stored, images)
+                masks = {name: mask.cpu() for name, mask in masks.items()}
+                final = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+                model.load_state_dict(sparse.prune(final, masks))
+            if anneals(spec):
+                model = without_removed(model, spec, sub, body)
+        stored = None
+        packed = pack_child(model, spec, sub, masks)
+        if packed:
+            stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
+        kept = _kept(model, body, masks if method.prunes else {})
+        notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
+        return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
+
+    def anatomy(self, model: nn.Module, spec: ChildSpec) -> Anatomy:
+        """What may be left out of the run's network; found once for each kind of recipe."""
+        key = (spec.mask_classifier, spec.structure)
+        if key not in self._anatomies:
+            self._anatomies[key] = anatomy(model, spec, self.data.input_shape)
+        return self._anatomies[key]
 
     def _train(
-        self, job: Job, model: nn.Module, training: Any, seed: int, **how: Any
+        self,
+        job: Job,
+        model: nn.Module,
+        training: Training,
+        seed: int,
+        *,
+        data: Data | None = None,
+        topology: Topology | None = None,
     ) -> Generator[Epoch, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
@@ -182,13 +231,13 @@ class Worker:
         began = time.time()
         loop = supervised.train(
             self.parallel(model),
-            self.batches(training.batch_size, seed),
+            self.batches(training.batch_size, seed, data),
             training,
             optimizer,
             id=job.id,
             seed=seed,
             start_epoch=start,
-            **how,
+            topology=topology,
         )
         for local in loop:
             report = self.gather(local)
@@ -202,8 +251,8 @@ class Worker:
     # What differs when several workers share one job (`distributed/parent.py`).
     primary = True
 
-    def batches(self, batch_size: int, seed: int) -> Batches:
-        return Batches(self.data, batch_size, seed)
+    def batches(self, batch_size: int, seed: int, data: Data | None = None) -> Batches:
+        return Batches(data or self.data, batch_size, seed)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         return model
@@ -267,124 +316,14 @@ class SerialPool:
             yield from self._worker.run(self._queue.popleft())
 
 
-# --- results and checkpoints in the folder ------------------------------------------------------
-
-
-def store_result(folder: RunFolder, result: Result) -> None:
-    folder.write_json(f"results/{result.id}.json", asdict(result))
-
-
-def stored_result(folder: RunFolder, job: Job) -> Result | None:
-    """The result of a job that was finished before; None if there is none that can be used.
-
-    A damaged or missing file of it is as good as no result: the job is done again and gives the
-    same bytes.
-    """
-    name = f"results/{job.id}.json"
-    if not folder.exists(name):
-        return None
-    try:
-        record = folder.read_json(name)
-        for key in ("weights", "outputs"):
-            record[key] = Stored(**record[key]) if record[key] else None
-            if record[key]:
-                folder.read(record[key])
-        return (ChildResult if isinstance(job, ChildSpec) else Result)(**record)
-    except (TypeError, KeyError, ValueError):
-        return None
-
-
-def _checkpoint_name(job: Job) -> str:
-    return f"checkpoints/{job.id}.safetensors"
-
-
-def _digest(job: Job) -> Tensor:
-    """SHA-256 of the job, `(32,)` uint8: a checkpoint of another recipe is not continued."""
-    text = json.dumps(job.to_json(), sort_keys=True).encode()
-    return torch.from_numpy(np.frombuffer(hashlib.sha256(text).digest(), dtype=np.uint8).copy())
-
-
-def save_checkpoint(
-    folder: RunFolder,
-    job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    images: int,
-    seconds: float,
-) -> None:
-    """Everything needed to go on after `epoch` epochs, in one atomic file."""
-    state = supervised.training_state(model, optimizer)
-    state["job"] = _digest(job)
-    state["progress"] = torch.tensor([epoch, images])
-    state["seconds"] = torch.tensor(seconds, dtype=torch.float64)
-    folder.save_tensors(_checkpoint_name(job), state)
-
-
-def load_checkpoint(
-    folder: RunFolder, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, int, float]:
-    """Restore the job's last checkpoint into model and optimizer.
-
-    Returns:
-        (epochs done, images seen, seconds spent); zeros if there is none, or none of this very
-        job. An unreadable checkpoint is as good as none: the job starts again and gives the same
-        numbers.
-    """
-    name = _checkpoint_name(job)
-    if not folder.exists(name):
-        return 0, 0, 0.0
-    try:
-        state = folder.load_tensors(name)
-    except ValueError:
-        return 0, 0, 0.0
-    if "job" not in state or not torch.equal(state.pop("job"), _digest(job)):
-        return 0, 0, 0.0
-    epoch, images = state.pop("progress").tolist()
-    seconds = float(state.pop("seconds"))
-    supervised.restore_training_state(model, optimizer, state)
-    return epoch, images, seconds
-
-
-def restore(
-    folder: RunFolder,
-    model: nn.Module,
-    parent: Mapping[str, Tensor],
-    spec: ChildSpec,
-    stored: Stored | None,
-    source: str,
-) -> None:
-    """Load the finished child `spec` into `model`: from its file, or from the recipe alone.
-
-    Args:
-        source: who says so, for messages.
-
-    Raises:
-        ValueError: its file is damaged or does not belong to the recipe.
-    """
-    where = f"{source}: {stored.file if stored else spec.id}"
-    packed = folder.load_tensors(stored) if stored else {}
-    try:
-        shapes = masks_.maskable(model, classifier=spec.mask_classifier)
-        if stored is None:
-            weights = spawn_weights(parent, shapes, replace(spec, training=None)).weights
-        elif METHODS[spec.method].prunes:
-            weights = sparse.unpack(packed, masks_of(spec, shapes))
-        else:
-            weights = packed
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{where}: does not fit the network ({error})") from None
-    load_weights(model, weights, where)
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """`load_state_dict` whose mismatch is one line.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source}: weights do not fit the network: {reason}") from None
+def _kept(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
+    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    kept = {}
+    for name, shape in body.parameters.items():
+        left = sizes.get(name, 0)
+        if name in masks and left == shape.numel():
+            left = int(masks[name].sum())
+        if left < shape.numel():
+            kept[name] = left / shape.numel()
+    return kept

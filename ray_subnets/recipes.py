@@ -17,6 +17,10 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 MethodName = Literal["noisy", "sparse", "stochastic"]
+Schedule = Literal["decay", "one_cycle", "constant", "steps"]
+Structure = Literal["weight", "unit", "neuron", "channel", "layer"]
+Annealing = Literal["linear", "cosine", "exponential"]
+Probabilities = Literal["temperature", "uniform", "mixture"]
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -40,8 +44,9 @@ class Training:
     batch_size: Count = 128
     """global: images per optimizer step, over all devices together"""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    schedule: Literal["decay", "one_cycle", "constant"] = "decay"
-    """decay: constant half way, then linear to 1 % (parent); one_cycle: children (Fig 5.3)"""
+    schedule: Schedule = "decay"
+    """decay: constant half way, then linear to 1 % (parent); one_cycle: children (Fig 5.3);
+    steps: a tenth after 50 %, a hundredth after 90 % (sections 4.3.2, 6.3.1)"""
     lr: Positive = 0.1
     """learning rate; the peak of it for one_cycle"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -49,6 +54,10 @@ class Training:
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of forward and backward pass in training; weights and optimizer state stay float32"""
+    compile: bool = False
+    """by torch.compile: other last digits, faster where a graph is used for long"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,8 @@ class ChildSpec:
     id: str
     """unique in a run and safe as a file name: `sparse-003`"""
     method: MethodName
+    group: str = ""
+    """children that are also reported together; default: the method"""
     seed: int
     """of mask and noise; siblings of one partition or mirrored pair share it"""
     density: Fraction
@@ -75,18 +86,39 @@ class ChildSpec:
     """1: no partition; 2: mask and complement; k: k parts of 1/k each"""
     mask_classifier: bool = False
     """also mask the last layer"""
+    structure: Structure = "weight"
+    """what is drawn: single weights; output units of linear layers (neuron), of convolutions
+    (channel) or of both (unit), which are then really removed; whole layers (section 3.2.1)"""
+    scope: Literal["local", "global"] = "local"
+    """density holds in every layer, or over all of them together"""
+    criterion: Literal["random", "magnitude"] = "random"
+    """which are kept: by chance, or the largest by L1 norm in the parent"""
     sign: Literal[1, -1] = 1
     """-1 for the mirrored sibling (noisy)"""
     mean: float = 0.0
     """of the noise"""
     sigma: float = 0.0
     """standard deviation of the noise, in units of the weights"""
+    relative: bool = False
+    """mean and sigma are in units of each tensor's standard deviation"""
+    prune_epochs: Annotated[int, Ge(0)] = 0
+    """epochs over which weights are removed step by step; 0: at once (sparse)"""
+    probabilities: Probabilities = "temperature"
+    """how keep-probabilities start (stochastic): eq. 6.6; eq. 6.2.1, uniform; eq. 6.5, Gaussians"""
     tau: float = 0.0
     """initial temperature (stochastic)"""
-    anneal: Literal["linear", "cosine", "exponential"] = "linear"
+    two_sided: bool = False
+    """weights inside the subnetwork are also left out at times (section 6.2.2)"""
+    mixture: tuple[float, float, float, float] = (0.25, 0.1, 0.75, 0.1)
+    """mean and standard deviation of P outside, then inside the subnetwork (eq. 6.5)"""
+    anneal: Annealing = "linear"
     """shape of the temperature's fall"""
     anneal_epochs: float = 0.0
     """epochs until the temperature is zero"""
+    bag: Annotated[float, Gt(0), Le(1)] = 1.0
+    """fraction of the training images that this child is tuned on (NP+BAG)"""
+    recompute_norm: bool = False
+    """batch-norm statistics of the spawned child from training images, before tuning"""
     training: Training | None = None
     """how the child is tuned; None: used as spawned"""
     training_seed: int = 0
@@ -95,6 +127,10 @@ class ChildSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise ValueError(f"part: {self.part} of {self.parts} parts does not exist")
+
+    @property
+    def label(self) -> str:
+        return self.group or self.method
 
     @property
     def epochs(self) -> int:
@@ -106,7 +142,7 @@ class ChildSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Train a network from its initial weights: the parent, or the single model beside it."""
+    """Train a network from its initial weights: the parent, or a single model beside it."""
 
     id: str
     training: Training
@@ -174,6 +210,10 @@ class Result:
     worker: str = ""
     """who did it: host, process, device"""
     attempts: int = 1
+    kept: dict[str, float] = field(default_factory=dict)
+    """weight -> fraction of it that is left; weights that are whole are left out"""
+    notes: tuple[str, ...] = ()
+    """what a user should know of this network: one line each"""
     error: str | None = None
     """why there is no network: one line"""
 

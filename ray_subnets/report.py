@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader
 
 from ray_subnets import figures, metrics, table
 from ray_subnets.checkpoints import CONFIG, RunFolder
-from ray_subnets.ensemble import combine
 from ray_subnets.summary import Scores
 
 _MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
@@ -38,7 +37,8 @@ def write(folder: RunFolder) -> Path:
 
 def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """What the template shows."""
-    scores = Scores(folder, record["ensemble"]["combine"])
+    how = record["ensemble"]
+    scores = Scores(folder, how["combine"], how.get("weighted_by", "nll"))
     return {
         "record": record,
         "config": folder.read(CONFIG).decode(),
@@ -76,9 +76,7 @@ def _reliability(record: dict[str, Any], scores: Scores) -> str:
         who = {"single model": ["single"]} | who
     diagrams = {}
     for name, ids in who.items():
-        bins = metrics.reliability(
-            combine(scores.logits(ids, "test"), scores.how), scores.labels["test"]
-        )
+        bins = metrics.reliability(scores.combined(ids, "test"), scores.labels["test"])
         diagrams[name] = (bins, bins.ece())
     return figures.reliability(diagrams)
 
@@ -93,5 +91,7 @@ def _timeline(record: dict[str, Any]) -> str:
     jobs = [{"id": "parent", "kind": "parent", **record["parent"]}]
     if record["single"]:
         jobs.append({"id": "single", "kind": "single", **record["single"]})
+    for id, single in record.get("singles", {}).items():
+        jobs.append({"id": id, "kind": "single", **single})
     jobs += [{"kind": child["method"], **child} for child in record["children"]]
     return figures.timeline([job for job in jobs if job["worker"]])

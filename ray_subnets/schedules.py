@@ -63,3 +63,11 @@ def decay(step: int, total: int, *, lr: float, lr_final_fraction: float = 0.01) 
 def constant(step: int, total: int, *, lr: float) -> float:
     """The same rate at every step (small budget experiments, Table 5.1)."""
     return lr
+
+
+def steps(
+    step: int, total: int, *, lr: float, at: tuple[float, ...] = (0.5, 0.9), factor: float = 0.1
+) -> float:
+    """The step-wise rate of sections 4.3.2 and 6.3.1: `lr` times `factor` for each fraction of
+    the steps in `at` that has passed (0.1, 0.01 after half, 0.001 for the last tenth)."""
+    return lr * factor ** sum(step >= fraction * total for fraction in at)

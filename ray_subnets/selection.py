@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 FITNESS = {"nll": "validation NLL", "accuracy": "validation accuracy"}
@@ -22,6 +23,38 @@ class Decision:
 def fitness_of(validation: Mapping[str, float], by: str) -> float:
     """Fitness, larger is better, from validation metrics."""
     return -validation["nll"] if by == "nll" else validation["accuracy"]
+
+
+def share_of(validation: Mapping[str, float], by: str) -> float:
+    """Weight of a member in a fitness-weighted mean (eq. 3.24): between 0 and 1.
+
+    The accuracy, or `exp(-NLL)`: the geometric mean of the probability it gave the right class.
+    """
+    return math.exp(-validation["nll"]) if by == "nll" else validation["accuracy"]
+
+
+def joined(decisions: Sequence[Decision], trace: Sequence[tuple[str, float]]) -> list[Decision]:
+    """Decisions of a greedy forward selection, from those of `select` and its trace.
+
+    Args:
+        trace: (id, validation NLL of the ensemble with it), in the order of joining.
+    """
+    taken = {id: (place, nll) for place, (id, nll) in enumerate(trace, start=1)}
+    result = [
+        Decision(id, True, place, f"joined as number {place}: validation NLL {nll:.5f}")
+        for id, (place, nll) in taken.items()
+    ]
+    rank = len(result)
+    for decision in decisions:
+        if decision.id in taken:
+            continue
+        if decision.rank is None:
+            result.append(decision)
+            continue
+        rank += 1
+        why = f"alone number {decision.rank}; not taken by greedy selection"
+        result.append(Decision(decision.id, False, rank, why))
+    return result
 
 
 def select(

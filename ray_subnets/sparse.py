@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ray_subnets.masks import Masks
 
 
 def prune(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,6 +31,47 @@ def hold_zero_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     starts at zero, gets no weight decay from zero and is zeroed after each step never acts.
     """
     torch._foreach_mul_(list(weights), list(masks))
+
+
+def removal_order(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """In which order weights outside `masks` go: ranks in (0, 1] at random, 0 for the others.
+
+    The weights of a layer with rank at most t are its fraction t, so that pruning in steps removes
+    equal numbers and ends at the mask.
+    """
+    order = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, mask in masks.items():
+        outside = (~mask).view(-1).nonzero().squeeze(1)
+        n = len(outside)
+        rank = torch.zeros(mask.numel(), dtype=torch.float64)
+        rank[outside] = (torch.randperm(n, generator=generator).double() + 1) / max(n, 1)
+        order[name] = rank.view(mask.shape)
+    return order
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bit per weight, for masks that no recipe draws again: `NAME.kept`, `(n / 8,)` uint8."""
+    return {
+        f"{name}.kept": torch.from_numpy(np.packbits(mask.cpu().reshape(-1).numpy()))
+        for name, mask in masks.items()
+    }
+
+
+def unpack_masks(packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Masks:
+    """Inverse of `pack_masks`.
+
+    Raises:
+        ValueError: a mask is missing or has another size.
+    """
+    masks = {}
+    for name, shape in shapes.items():
+        bits = packed.get(f"{name}.kept")
+        if bits is None or bits.numel() != -(-shape.numel() // 8):
+            raise ValueError(f"{name}: no mask of {shape.numel()} bits is stored")
+        flat = np.unpackbits(bits.numpy(), count=shape.numel()).astype(np.bool_)
+        masks[name] = torch.from_numpy(flat).view(shape)
+    return masks
 
 
 def pack(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

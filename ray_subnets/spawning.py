@@ -1,107 +1,321 @@
 """From a parent and a recipe to a child: eq. 3.2, `f_i(x) = F(x; theta; xi, phi)`.
 
-`METHODS` is the table of all methods; `tests/test_laws.py` holds every entry to the same laws.
+`subnetwork` is phi, which weights; `METHODS` is the table of all xi, what happens to them;
+`tests/test_laws.py` holds every entry to the same laws.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ray_subnets import masks as masks_
-from ray_subnets import noisy, sparse
+from ray_subnets import noisy, sparse, stochastic, structured
+from ray_subnets.draws import seed_from
 from ray_subnets.masks import Masks, Shapes
 from ray_subnets.recipes import ChildSpec, derive
+from ray_subnets.structured import Coupled, Kept
+from ray_subnets.topology import Annealed, Fixed, Iterative, Topology
 
 Weights = Mapping[str, Tensor]
+KINDS = {
+    "unit": structured.KINDS,
+    "neuron": frozenset({"neuron"}),
+    "channel": frozenset({"channel"}),
+}
 
 
-def masks_of(spec: ChildSpec, shapes: Shapes) -> Masks:
-    """The mask set of a recipe: ones mark the perturbed (noisy) or kept (otherwise) weights.
+@dataclass(frozen=True)
+class Anatomy:
+    """What of a network a subnetwork may leave out."""
+
+    shapes: Shapes
+    """weights that may be masked"""
+    parameters: Shapes
+    """all parameters"""
+    units: Sequence[Coupled] = ()
+    """neurons and channels that can be removed; only for structured recipes"""
+
+
+def anatomy(model: nn.Module, spec: ChildSpec, input_shape: Sequence[int] | None) -> Anatomy:
+    """Of `model`, as far as `spec` needs it.
+
+    Raises:
+        ValueError: nothing in it can be masked or removed, or `input_shape` is needed.
+    """
+    shapes = masks_.maskable(model, classifier=spec.mask_classifier)
+    parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if spec.structure not in KINDS:
+        return Anatomy(shapes, parameters)
+    if input_shape is None:
+        raise ValueError("input_shape: needed to find the units of a network; give it to spawn")
+    units = structured.coupled_units(model, input_shape, classifier=spec.mask_classifier)
+    if not any(one.kinds <= KINDS[spec.structure] for one in units):
+        raise ValueError(
+            f"structure: this network has no {spec.structure} that could be removed; use "
+            "structure: weight"
+        )
+    return Anatomy(shapes, parameters, units)
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """Ones mark the perturbed (noisy) or kept (otherwise) part of a network."""
+
+    masks: Masks
+    """by parameter name; with `kept` also of biases and normalisation"""
+    kept: Kept | None = None
+    """units that stay, for structured recipes"""
+    siblings: Sequence[Masks | Kept] = field(default=(), repr=False)
+    """of k > 2 parts: the masks (or kept units) of all, in order"""
+
+    @property
+    def target(self) -> Masks | Kept:
+        """What is drawn: units where there are units, else weights."""
+        return self.masks if self.kept is None else self.kept
+
+
+def subnetwork(spec: ChildSpec, body: Anatomy, parent: Weights) -> Subnetwork:
+    """The subnetwork of a recipe: phi of eq. 3.2.
 
     With 2 parts the second sibling gets the complement of the first, whatever the density
     (eq. 4.9, 5.3); with more parts each holds `1 / parts` of every layer (eq. 3.11).
+
+    Args:
+        parent: read for the magnitude criterion only.
     """
     generator = torch.Generator().manual_seed(derive(spec.seed, "mask"))
+    if spec.structure in KINDS:
+        return _unit_subnetwork(spec, body, parent, generator)
     if spec.parts > 2:
-        return masks_.partition(shapes, spec.parts, generator, draw=spec.draw)[spec.part]
-    draw = {"exact": masks_.exact, "bernoulli": masks_.bernoulli}[spec.draw]
-    mask = draw(shapes, spec.density, generator)
-    return masks_.complement(mask) if spec.part == 1 else mask
+        some = dict.fromkeys(body.shapes, torch.Size([1])) if spec.structure == "layer" else None
+        sets = masks_.partition(
+            some or body.shapes,
+            spec.parts,
+            generator,
+            draw=spec.draw,
+            scope="global" if some else spec.scope,
+        )
+        if some:
+            sets = [
+                {name: one[name].expand(shape).clone() for name, shape in body.shapes.items()}
+                for one in sets
+            ]
+        return Subnetwork(sets[spec.part], siblings=sets)
+    if spec.structure == "layer":
+        sizes = None
+        if spec.criterion == "magnitude":
+            sizes = {name: float(parent[name].double().abs().mean()) for name in body.shapes}
+        mask = masks_.layers(body.shapes, spec.density, generator, draw=spec.draw, sizes=sizes)
+    elif spec.criterion == "magnitude":
+        mask = masks_.magnitude(parent, body.shapes, spec.density, scope=spec.scope)
+    elif spec.draw == "exact":
+        mask = masks_.exact(body.shapes, spec.density, generator, scope=spec.scope)
+    else:
+        mask = masks_.bernoulli(body.shapes, spec.density, generator)
+    return Subnetwork(masks_.complement(mask) if spec.part == 1 else mask)
 
 
-def kept_fraction(spec: ChildSpec) -> float:
-    """Fraction of each maskable weight that the finished child keeps; 1 if it has no zeros."""
-    if not METHODS[spec.method].prunes:
-        return 1.0
-    return 1 - spec.density if spec.parts == 2 and spec.part == 1 else spec.density
+def _unit_subnetwork(
+    spec: ChildSpec, body: Anatomy, parent: Weights, generator: torch.Generator
+) -> Subnetwork:
+    kinds = KINDS[spec.structure]
+    siblings: Sequence[Kept] = ()
+    if spec.parts > 2:
+        siblings = structured.split_units(body.units, spec.parts, generator, kinds=kinds)
+        kept = siblings[spec.part]
+    else:
+        kept = structured.draw_units(
+            body.units,
+            spec.density,
+            generator,
+            kinds=kinds,
+            scope=spec.scope,
+            draw=spec.draw,
+            criterion=spec.criterion,
+            scores=structured.scores(parent, body.units) if spec.criterion == "magnitude" else None,
+        )
+        if spec.part == 1:
+            kept = structured.complement_units(kept, body.units, kinds=kinds)
+    masks = structured.unit_masks(body.parameters, body.units, kept)
+    return Subnetwork(masks, kept, siblings)
 
 
-def _noisy(parent: Weights, mask: Masks, shapes: Shapes, spec: ChildSpec) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(derive(spec.seed, "noise"))
-    noise = noisy.normals(shapes, generator, mean=spec.mean, sigma=spec.sigma)
-    return noisy.perturb(parent, noise, mask, spec.sign)
+# --- what happens to it: xi ---------------------------------------------------------------------
 
 
-def _sparse(parent: Weights, mask: Masks, shapes: Shapes, spec: ChildSpec) -> dict[str, Tensor]:
-    return sparse.prune(parent, mask)
+def _noisy(parent: Weights, sub: Subnetwork, body: Anatomy, spec: ChildSpec) -> dict[str, Tensor]:
+    masks = {name: mask for name, mask in sub.masks.items() if name in body.shapes}
+    return noisy.perturb(
+        parent,
+        masks,
+        torch.Generator().manual_seed(derive(spec.seed, "noise")),
+        mean=spec.mean,
+        sigma=spec.sigma,
+        scale=noisy.spread(parent, masks) if spec.relative else None,
+        sign=spec.sign,
+    )
 
 
-def _stochastic(parent: Weights, mask: Masks, shapes: Shapes, spec: ChildSpec) -> dict[str, Tensor]:
+def _sparse(parent: Weights, sub: Subnetwork, body: Anatomy, spec: ChildSpec) -> dict[str, Tensor]:
+    if spec.epochs and spec.prune_epochs:
+        return {name: tensor.clone() for name, tensor in parent.items()}
+    return sparse.prune(parent, sub.masks)
+
+
+def _stochastic(
+    parent: Weights, sub: Subnetwork, body: Anatomy, spec: ChildSpec
+) -> dict[str, Tensor]:
     # All weights are inherited: those outside the mask act until the temperature is zero.
-    if spec.epochs == 0 or spec.tau == 0 or spec.anneal_epochs == 0:
-        return sparse.prune(parent, mask)
-    return {name: tensor.clone() for name, tensor in parent.items()}
+    if anneals(spec):
+        return {name: tensor.clone() for name, tensor in parent.items()}
+    return sparse.prune(parent, sub.masks)
+
+
+def anneals(spec: ChildSpec) -> bool:
+    """Does the child begin with all of the parent's weights and a temperature?"""
+    still = spec.method != "stochastic" or (spec.probabilities == "temperature" and spec.tau == 0)
+    return bool(spec.epochs and spec.anneal_epochs) and not still
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to make children."""
 
-    spawn: Callable[[Weights, Masks, Shapes, ChildSpec], dict[str, Tensor]]
+    spawn: Callable[[Weights, Subnetwork, Anatomy, ChildSpec], dict[str, Tensor]]
     prunes: bool
     """weights outside the mask end at zero, and only the others need storing"""
-    stochastic: bool = False
-    """a temperature brings weights outside the mask back while it is above zero"""
 
 
 METHODS: dict[str, Method] = {
     "noisy": Method(_noisy, prunes=False),
     "sparse": Method(_sparse, prunes=True),
-    "stochastic": Method(_stochastic, prunes=True, stochastic=True),
+    "stochastic": Method(_stochastic, prunes=True),
 }
+
+
+def probabilities(spec: ChildSpec, sub: Subnetwork) -> stochastic.Matrices:
+    """P0 of a stochastic recipe, by parameter (or by set of units); see `stochastic`."""
+    target, seed = sub.target, derive(spec.seed, "probabilities")
+    if spec.probabilities == "temperature":
+        return stochastic.temperature(target, spec.tau, two_sided=spec.two_sided, parts=spec.parts)
+    if spec.parts > 2:
+        start = stochastic.simplex(sub.siblings, spec.part, seed)
+    else:
+        # The second of a pair has 1 - P of the first, which was drawn for the first's mask.
+        first = masks_.complement(target) if spec.part == 1 else target
+        if spec.probabilities == "uniform":
+            start = stochastic.uniform(first, seed, sparsity=1 - spec.density)
+        else:
+            a, b, c, d = spec.mixture
+            start = stochastic.mixture(first, seed, outside=(a, b), inside=(c, d))
+        if spec.part == 1:
+            start = {name: 1 - p for name, p in start.items()}
+    return start if spec.two_sided else stochastic.one_sided(start, target)
+
+
+def topology(
+    spec: ChildSpec, sub: Subnetwork, body: Anatomy, parameters: Mapping[str, Tensor]
+) -> Topology | None:
+    """Which of `parameters` act while the child is tuned; None: all, at all times."""
+    if not METHODS[spec.method].prunes:
+        return None
+    if anneals(spec):
+        return Annealed(parameters, sub.masks, _Draw(spec, sub, body))
+    if removable(spec, sub):
+        return None  # what is left out is gone already
+    if spec.prune_epochs:
+        order = None
+        if spec.criterion == "random":
+            generator = torch.Generator().manual_seed(derive(spec.seed, "removal"))
+            order = sparse.removal_order(sub.masks, seed_from(generator))
+        return Iterative(parameters, sub.masks, spec.prune_epochs, order)
+    return Fixed(parameters, sub.masks)
+
+
+class _Draw:
+    """Bernoulli masks of a stochastic recipe at an epoch (algorithm 3)."""
+
+    def __init__(self, spec: ChildSpec, sub: Subnetwork, body: Anatomy) -> None:
+        self._spec, self._body, self._structured = spec, body, sub.kept is not None
+        self._target = sub.target
+        plain = spec.probabilities == "temperature" and not spec.two_sided
+        self._start = None if plain else probabilities(spec, sub)
+
+    def to(self, device: torch.device) -> None:
+        self._target = {name: mask.to(device) for name, mask in self._target.items()}
+        if self._start is not None:
+            self._start = {name: p.to(device) for name, p in self._start.items()}
+
+    def __call__(self, epoch: float, generator: torch.Generator) -> Masks | None:
+        spec = self._spec
+        scale = stochastic.anneal(epoch, start=1.0, epochs=spec.anneal_epochs, shape=spec.anneal)
+        if scale == 0:
+            return None
+        if self._start is None:
+            drawn = stochastic.realise(self._target, spec.tau * scale, generator)
+        else:
+            drawn = stochastic.realise_matrix(self._start, self._target, scale, generator)
+        if not self._structured:
+            return drawn
+        # A unit comes back whole.
+        drawn = {name: mask.cpu() for name, mask in drawn.items()}
+        return structured.unit_masks(self._body.parameters, self._body.units, drawn)
+
+
+# --- children -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Child:
-    """A spawned child before tuning: its weights and the mask they were drawn with (CPU)."""
+    """A spawned child before tuning (CPU)."""
 
     weights: dict[str, Tensor]
-    masks: Masks
+    """of the whole network, zeros where weights are pruned"""
+    subnetwork: Subnetwork
 
 
-def spawn_weights(parent: Weights, shapes: Shapes, spec: ChildSpec) -> Child:
+def spawn_weights(parent: Weights, body: Anatomy, spec: ChildSpec) -> Child:
     """Weights of the child `spec` of `parent`; the parent's tensors are read, never written.
 
     Args:
         parent: a state dict on the CPU (buffers included; they are copied).
-        shapes: what may be masked, from `masks.maskable`.
 
     Raises:
         ValueError: unknown method.
     """
     if spec.method not in METHODS:
         raise ValueError(f"method: unknown method {spec.method!r}; known: {', '.join(METHODS)}")
-    mask = masks_of(spec, shapes)
-    return Child(METHODS[spec.method].spawn(parent, mask, shapes, spec), mask)
+    sub = subnetwork(spec, body, parent)
+    return Child(METHODS[spec.method].spawn(parent, sub, body, spec), sub)
 
 
-def spawn(parent: nn.Module, spec: ChildSpec) -> nn.Module:
+def removable(spec: ChildSpec, sub: Subnetwork) -> bool:
+    """Is the finished child a smaller network, without what its recipe leaves out?"""
+    layers = spec.structure == "layer" and bool(masks_.empty_layers(sub.masks))
+    return METHODS[spec.method].prunes and (sub.kept is not None or layers)
+
+
+def without_removed(model: nn.Module, spec: ChildSpec, sub: Subnetwork, body: Anatomy) -> nn.Module:
+    """A pruned network without the units or layers that its recipe leaves out; else `model`."""
+    if not removable(spec, sub):
+        return model
+    if sub.kept is not None:
+        return structured.remove(model, body.units, sub.kept)
+    return structured.remove_layers(model, masks_.empty_layers(sub.masks))
+
+
+def spawn(
+    parent: nn.Module, spec: ChildSpec, input_shape: Sequence[int] | None = None
+) -> nn.Module:
     """A new network: the child `spec` of `parent`, before tuning, on the parent's device.
+
+    Args:
+        input_shape: of one sample; needed where neurons or channels are removed.
 
     Example:
         >>> parent = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -109,8 +323,9 @@ def spawn(parent: nn.Module, spec: ChildSpec) -> nn.Module:
         >>> int((spawn(parent, spec)[0].weight == 0).sum())
         16
     """
-    shapes = masks_.maskable(parent, classifier=spec.mask_classifier)
+    body = anatomy(parent, spec, input_shape)
     weights = {name: tensor.detach().cpu() for name, tensor in parent.state_dict().items()}
     child = copy.deepcopy(parent)
-    child.load_state_dict(spawn_weights(weights, shapes, spec).weights)
-    return child
+    spawned = spawn_weights(weights, body, spec)
+    child.load_state_dict(spawned.weights)
+    return child if anneals(spec) else without_removed(child, spec, spawned.subnetwork, body)

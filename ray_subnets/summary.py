@@ -5,7 +5,7 @@ Test labels are used here and nowhere before, after members have been chosen on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from ray_subnets.checkpoints import RunFolder
 from ray_subnets.ensemble import combine
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.recipes import ChildResult, ChildSpec, Result
-from ray_subnets.selection import Decision
-from ray_subnets.spawning import METHODS
+from ray_subnets.selection import Decision, share_of
+from ray_subnets.stored import needs_parent
 
 LABELS = "outputs/labels.npz"
 
@@ -46,9 +46,10 @@ def load_outputs(folder: RunFolder, ids: Sequence[str], split: str) -> Outputs:
 class Scores:
     """Metrics of groups of networks, from their saved logits; each file is read once."""
 
-    def __init__(self, folder: RunFolder, how: str) -> None:
-        self.folder, self.how = folder, how
+    def __init__(self, folder: RunFolder, how: str, by: str = "nll") -> None:
+        self.folder, self.how, self.by = folder, how, by
         self._cache: dict[str, dict[str, Tensor]] = {}
+        self._shares: dict[str, float] = {}
         self._tests: dict[tuple[str, ...], dict[str, float]] = {}
         self.labels = {
             name: torch.from_numpy(array) for name, array in folder.load_arrays(LABELS).items()
@@ -62,6 +63,19 @@ class Scores:
                 self._cache[id] = {name: torch.from_numpy(a) for name, a in arrays.items()}
         return torch.stack([self._cache[id][split] for id in ids])
 
+    def combined(self, ids: Sequence[str], split: str) -> Tensor:
+        """Probabilities `(N, C)` of the members together."""
+        weights = [self._share(id) for id in ids] if self.how == "weighted" else None
+        return combine(self.logits(ids, split), self.how, weights)
+
+    def _share(self, id: str) -> float:
+        if id not in self._shares:
+            p, labels = self.logits([id], "validation")[0].double(), self.labels["validation"]
+            p = p.softmax(1)
+            found = {"nll": metrics.nll(p, labels), "accuracy": metrics.accuracy(p, labels)}
+            self._shares[id] = share_of(found, self.by)
+        return self._shares[id]
+
     def test(self, ids: Sequence[str]) -> dict[str, float]:
         """Test metrics of the combined members, with the NLL after temperature scaling.
 
@@ -69,8 +83,8 @@ class Scores:
         """
         if tuple(ids) in self._tests:
             return dict(self._tests[tuple(ids)])
-        test = combine(self.logits(ids, "test"), self.how)
-        validation = combine(self.logits(ids, "validation"), self.how)
+        test = self.combined(ids, "test")
+        validation = self.combined(ids, "validation")
         tiny = torch.finfo(torch.float64).tiny
         temperature = metrics.fit_temperature(
             validation.clamp_min(tiny).log(), self.labels["validation"]
@@ -84,7 +98,7 @@ class Scores:
 
     def validation(self, ids: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL and Brier score on validation data: what settings may be chosen by."""
-        p, labels = combine(self.logits(ids, "validation"), self.how), self.labels["validation"]
+        p, labels = self.combined(ids, "validation"), self.labels["validation"]
         return {
             "accuracy": metrics.accuracy(p, labels),
             "nll": metrics.nll(p, labels),
@@ -94,12 +108,18 @@ class Scores:
     def diversity(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean pairwise disagreement, KL and correlation of members on test data (section 7.2)."""
         logits = self.logits(ids, "test")
+        if len(ids) > 32:  # pairs of the first 32 say as much, and cost a sixteenth of 128's
+            logits = logits[:32]
         pairs = {
             "disagreement": metrics.disagreement(logits),
             "kl": metrics.kl_divergence(logits),
             "correlation": metrics.correlation(logits.double().softmax(2)),
         }
         return {name: metrics.mean_off_diagonal(matrix) for name, matrix in pairs.items()}
+
+    def kl_from_parent(self, id: str) -> float:
+        """Mean KL divergence of a child's answers from its parent's, on test data (Fig 4.3)."""
+        return float(metrics.kl_divergence(self.logits(["parent", id], "test"))[0, 1])
 
 
 def _mean(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -110,22 +130,21 @@ def summarise(
     folder: RunFolder,
     *,
     how: str,
+    by: str,
     include_parent: bool,
     specs: Sequence[ChildSpec],
     results: Mapping[str, Result],
     decisions: Sequence[Decision],
     cost: Cost,
-    densities: Mapping[str, Mapping[str, float]],
     times: Mapping[str, float],
 ) -> dict[str, Any]:
     """The content of `result.json` (data and environment are added by the driver).
 
     Args:
         results: job id -> result, of the parent, the single model (if any) and all children.
-        densities: child id -> kept fraction of each masked weight; {} for a dense child.
         times: wall_seconds, start (Unix time) of the run.
     """
-    scores = Scores(folder, how)
+    scores = Scores(folder, how, by)
     by_id = {decision.id: decision for decision in decisions}
     selected = [spec.id for spec in specs if by_id[spec.id].selected]
     alive = [spec.id for spec in specs if results[spec.id].error is None]
@@ -138,6 +157,7 @@ def summarise(
             {
                 "id": spec.id,
                 "method": spec.method,
+                "group": spec.label,
                 "recipe": spec.to_json(),
                 "fitness": result.fitness,
                 "rank": decision.rank,
@@ -153,6 +173,9 @@ def summarise(
                 "weights": asdict(result.weights) if result.weights else None,
                 "validation": result.validation or None,
                 "test": scores.test([spec.id]) if result.error is None else None,
+                "kl_from_parent": scores.kl_from_parent(spec.id) if result.error is None else None,
+                "kept": _kept_share(result, cost),
+                "notes": list(result.notes),
             }
         )
 
@@ -180,19 +203,20 @@ def summarise(
         return {
             "members": list(ids),
             "test": scores.test(ids),
+            "validation": scores.validation(ids),
             "mean_member": _mean([scores.test([id]) for id in ids]),
             "diversity": scores.diversity(ids),
         }
 
-    kinds = {
-        method: group([id for id in alive if id.startswith(method + "-")])
-        for method in METHODS
-        if any(id.startswith(method + "-") for id in alive)
-    }
+    groups = {}
+    for label in dict.fromkeys(spec.label for spec in specs if spec.id in alive):
+        ids = [spec.id for spec in specs if spec.label == label and spec.id in alive]
+        groups[label] = group(ids) | {"by_size": _by_size(scores, ids)}
     members = ["parent", *selected] if include_parent else selected
     ensemble = {
         "includes_parent": include_parent,
         "combine": how,
+        "weighted_by": by,
         **group(members),
         "without_parent": scores.test(selected),
         "with_parent": scores.test(["parent", *selected]),
@@ -200,32 +224,49 @@ def summarise(
             "without_parent": scores.validation(selected),
             "with_parent": scores.validation(["parent", *selected]),
         },
-        "kinds": kinds,
-        "by_size": _by_size(scores, by_id, selected),
+        "groups": groups,
+        "by_size": _by_size(scores, sorted(selected, key=lambda id: by_id[id].rank or 0)),
     }
     record: dict[str, Any] = {
         "parent": network("parent"),
         "single": network("single") if "single" in results else None,
+        **_singles(network, [id for id in results if id.startswith("single-")]),
         "children": children,
         "mean_child": _mean([scores.test([id]) for id in alive]),
         "ensemble": ensemble,
     }
-    record["cost"] = _cost(folder, record, specs, results, members, cost, densities, times)
+    record["cost"] = _cost(folder, record, specs, results, members, cost, times)
     return record
 
 
-def _by_size(
-    scores: Scores, decisions: Mapping[str, Decision], selected: Sequence[str]
-) -> list[dict[str, float]]:
-    """Test accuracy and NLL of the k fittest members, k = 1 to all."""
-    order = sorted(selected, key=lambda id: decisions[id].rank or 0)
+def _singles(network: Callable[[str], dict[str, Any]], ids: Sequence[str]) -> dict[str, Any]:
+    """All single models of other budgets, and which is best on validation data."""
+    singles = {id: network(id) for id in ids}
+    sound = [id for id in ids if singles[id]["error"] is None]
+    best = min(sound, key=lambda id: singles[id]["validation"]["nll"], default=None)
+    return {"singles": singles, "best_single": best} if ids else {}
+
+
+def _by_size(scores: Scores, ids: Sequence[str]) -> list[dict[str, float]]:
+    """Test accuracy and NLL of the first k of `ids`, k = 1 to all."""
     labels, curve = scores.labels["test"], []
-    for k in range(1, len(order) + 1):
-        p = combine(scores.logits(order[:k], "test"), scores.how)
+    running = None
+    for k in range(1, len(ids) + 1):
+        if scores.how == "probabilities":  # one more term, not all of them again
+            new = scores.combined(ids[k - 1 : k], "test")
+            running = new if running is None else running + new
+            p = running / k
+        else:
+            p = scores.combined(ids[:k], "test")
         curve.append(
             {"members": k, "accuracy": metrics.accuracy(p, labels), "nll": metrics.nll(p, labels)}
         )
     return curve
+
+
+def _kept_share(result: Result, cost: Cost) -> float:
+    """Fraction of the network's parameters that are left."""
+    return cost.nonzero_parameters(result.kept) / max(cost.parameters, 1)
 
 
 def _cost(
@@ -235,7 +276,6 @@ def _cost(
     results: Mapping[str, Result],
     members: Sequence[str],
     cost: Cost,
-    densities: Mapping[str, Mapping[str, float]],
     times: Mapping[str, float],
 ) -> dict[str, Any]:
     """What was spent on parent and children, and what an answer of the ensemble costs.
@@ -246,16 +286,14 @@ def _cost(
     """
     trained = [results["parent"], *(results[spec.id] for spec in specs)]
     dense = sum(training_flops(cost.total, result.images) for result in trained)
-    nonzero = sum(
-        training_flops(cost.nonzero(densities.get(result.id, {})), result.images)
-        for result in trained
-    )
+    nonzero = sum(training_flops(cost.nonzero(result.kept), result.images) for result in trained)
     stored = {child["id"]: child["weights"] for child in record["children"]}
     stored["parent"] = record["parent"]["weights"]
     files = {stored[id]["file"] for id in members if stored[id]}
-    if any(stored[id] is None for id in members):
+    by_id = {spec.id: spec for spec in specs}
+    if any(id in by_id and needs_parent(by_id[id], results[id].weights) for id in members):
         files.add("parent.safetensors")  # a recipe needs the parent to be a network again
-    member_densities = [densities.get(id, {}) for id in members]
+    member_densities = [results[id].kept for id in members]
     return {
         "epochs": sum(result.epochs for result in trained),
         "images": sum(result.images for result in trained),

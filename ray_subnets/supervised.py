@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ray_subnets import schedules, sparse, stochastic
+from ray_subnets import schedules
 from ray_subnets.data import Batches, Preprocess
-from ray_subnets.masks import Masks
 from ray_subnets.recipes import Epoch, Training, derive
+from ray_subnets.topology import Topology
 
 
 class Diverged(ValueError):
@@ -49,6 +50,8 @@ def set_rates(optimizer: torch.optim.Optimizer, training: Training, step: int, t
         lr, momentum = schedules.one_cycle(step, total, lr_max=training.lr)
     elif training.schedule == "decay":
         lr = schedules.decay(step, total, lr=training.lr)
+    elif training.schedule == "steps":
+        lr = schedules.steps(step, total, lr=training.lr)
     else:
         lr = schedules.constant(step, total, lr=training.lr)
     for group in optimizer.param_groups:
@@ -70,54 +73,49 @@ def train(
     id: str = "model",
     seed: int = 0,
     start_epoch: int = 0,
-    masks: Masks | None = None,
-    tau: Callable[[float], float] | None = None,
+    topology: Topology | None = None,
 ) -> Iterator[Epoch]:
     """Train `model` in place from `start_epoch` on, yielding after every epoch.
 
     Args:
-        masks: weights outside are held at zero after every step (ch. 5).
-        tau: temperature after a fractional number of epochs. While it is above zero every forward
-            pass sees the weights through a fresh Bernoulli mask (ch. 6, algorithm 3) and nothing
-            is held at zero; once it is zero the weights outside `masks` are pruned and held.
+        topology: which weights act at each step (chapters 5 and 6); None: all.
 
     Raises:
         Diverged: the training loss of an epoch is not finite.
     """
-    assert tau is None or masks is not None
     device = batches.data.train.images.device
-    parameters = dict(model.named_parameters())
-    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
-    held = [parameters[name] for name in masks]
-    held_masks = [masks[name].to(parameters[name].dtype) for name in masks]
+    half = torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"
+    )
+    if training.compile:
+        model.compile()
     steps, total = batches.steps, batches.steps * training.epochs
     model.train()
     for epoch in range(start_epoch, training.epochs):
         began, images, lr = time.perf_counter(), 0, 0.0
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        if topology:
+            topology.start_epoch(epoch)
         bernoulli = torch.Generator(device).manual_seed(derive(seed, "bernoulli", epoch))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive(seed, "dropout", epoch))  # layers that draw by themselves
             for i, batch in enumerate(batches.epoch(epoch)):
                 step = epoch * steps + i
                 lr = set_rates(optimizer, training, step, total)
-                temperature = tau(step / steps) if tau is not None else 0.0
-                if temperature > 0:
-                    drawn = stochastic.realise(masks, temperature, bernoulli)
-                    seen = {name: parameters[name] * drawn[name] for name in masks}
-                    logits = functional_call(model, seen, (batch.x,))
-                else:
-                    if tau is not None:
-                        sparse.hold_zero_(held, held_masks)
-                    logits = model(batch.x)
+                seen = topology.weights(step / steps, bernoulli) if topology else None
+                with half:
+                    logits = functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
                 loss = cross_entropy(
-                    logits, batch.y, reduction="sum", label_smoothing=training.label_smoothing
+                    logits.float(),
+                    batch.y,
+                    reduction="sum",
+                    label_smoothing=training.label_smoothing,
                 )
                 optimizer.zero_grad(set_to_none=True)
                 (loss / batch.size).backward()
                 optimizer.step()
-                if held and temperature == 0:
-                    sparse.hold_zero_(held, held_masks)
+                if topology:
+                    topology.after_step()
                 loss_sum += loss.detach()
                 images += len(batch.y)
         mean_loss = float(loss_sum) / max(images, 1)
@@ -132,6 +130,30 @@ def train(
             images=images,
             seconds=time.perf_counter() - began,
         )
+
+
+@torch.no_grad()
+def recompute_norm(model: nn.Module, batches: Batches) -> None:
+    """Batch-norm statistics of `model` as it is now: the mean over one epoch of training batches.
+
+    A network whose weights were changed without training still has its parent's statistics.
+    Networks without batch-norm are left as they are.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    training, momenta = model.training, [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(batches.seed, "norm"))  # dropout layers draw by themselves
+        for batch in batches.epoch(0):
+            model(batch.x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(training)
 
 
 @torch.no_grad()

@@ -32,10 +32,13 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
     single = record["single"]
     if single and single["error"] is None:
         lines.append(Row("single, same budget", 1, single["epochs"], single["test"]))
+    if record.get("best_single"):
+        best, count = record["singles"][record["best_single"]], len(record["singles"])
+        lines.append(Row(f"single, best of {count}", 1, best["epochs"], best["test"]))
     lines.append(Row("child (mean)", 1, None, record["mean_child"]))
-    for kind, group in ensemble["kinds"].items():
+    for label, group in ensemble["groups"].items():
         spent = base + sum(epochs[id] for id in group["members"])
-        lines.append(Row(f"{kind} ensemble", len(group["members"]), spent, group["test"]))
+        lines.append(Row(f"{label} ensemble", len(group["members"]), spent, group["test"]))
     members = [id for id in ensemble["members"] if id != "parent"]
     spent = record["cost"]["epochs"]
     with_parent = ensemble["includes_parent"]
@@ -73,7 +76,7 @@ def table(record: Mapping[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    result.add_column("", no_wrap=True)
+    result.add_column("", overflow="fold")
     for heading in ("nets", "epochs", *(name for name, _, _ in COLUMNS)):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows(record):
@@ -102,6 +105,18 @@ def verdict(record: Mapping[str, Any]) -> str:
     if single:
         parts.append(against("the single model of the same budget", single))
     return "The ensemble has " + "; ".join(parts) + ". One run is one sample: compare over seeds."
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What a user should know: failed children, layers pruned to nothing."""
+    lines = []
+    for child in record["children"]:
+        lines += [f"{child['id']}: {note}" for note in child["notes"]]
+        if child["error"]:
+            lines.append(f"{child['error']} (not a member)")
+    if len(lines) > 5:
+        lines[5:] = [f"and {len(lines) - 5} more, in result.json"]
+    return lines
 
 
 def cost_text(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ray_subnets import masks, models
+from ray_subnets import draws, masks, models
 
 # M and M' of eq. 3.10, and the three masks of eq. 3.11.
 M = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 1]]).bool()
@@ -85,11 +85,11 @@ def test_what_may_be_masked() -> None:
 
 DIGEST = """
 import hashlib, torch
-from ray_subnets import masks, noisy
+from ray_subnets import draws, masks
 shapes = {"w": torch.Size([1000, 301])}
 generator = torch.Generator().manual_seed(11)
 drawn = [masks.exact(shapes, 0.5, generator), masks.bernoulli(shapes, 0.2, generator),
-         noisy.normals(shapes, generator, mean=0.1, sigma=0.3),
+         {"w": draws.normals(301_000, 5)}, {"w": draws.uniforms(301_000, 6)},
          *masks.partition(shapes, 3, generator)]
 digest = hashlib.sha256()
 for one in drawn:
@@ -112,3 +112,57 @@ def test_draws_do_not_depend_on_vector_instructions() -> None:
         assert answer.returncode == 0, answer.stderr
         digests.add(answer.stdout.strip())
     assert len(digests) == 1
+
+
+def test_draws_do_not_depend_on_the_number_of_threads() -> None:
+    n, before = 3 * draws.CHUNK // 2, torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append([draws.normals(n, 3), draws.uniforms(n, 3), draws.coins(n, 0.3, 3)])
+    torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+        assert not torch.equal(one[: n // 3], one[draws.CHUNK :][: n // 3])  # other streams
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("probability", [0.0, 0.001, 0.3, 1.0])
+def test_coins_fall_as_often_as_they_should(bits: int, probability: float) -> None:
+    n = 400_000
+    coins = draws.coins(n, probability, 1, bits=bits)
+    error = 5 * (probability * (1 - probability) / n) ** 0.5 + 2.0**-16
+    assert abs(float(coins.double().mean()) - probability) <= error
+    if probability in (0, 1):
+        assert coins.unique().tolist() == [bool(probability)]
+
+
+def test_global_scope_shares_one_count() -> None:
+    shapes = {"small": torch.Size([50]), "large": torch.Size([20, 50])}
+    counts = set()
+    for seed in range(5):
+        drawn = masks.exact(shapes, 0.1, torch.Generator().manual_seed(seed), scope="global")
+        assert sum(int(mask.sum()) for mask in drawn.values()) == 105
+        counts.add(int(drawn["small"].sum()))
+    assert len(counts) > 1  # of a single layer it is left to chance
+
+
+def test_magnitude_keeps_the_largest() -> None:
+    weights = {"a": torch.tensor([[0.1, -4.0], [2.0, 0.3]]), "b": torch.tensor([-5.0, 0.2])}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    local = masks.magnitude(weights, shapes, 0.5)
+    assert local["a"].tolist() == [[False, True], [True, False]]
+    assert local["b"].tolist() == [True, False]
+    everywhere = masks.magnitude(weights, shapes, 1 / 3, scope="global")
+    assert everywhere["a"].tolist() == [[False, True], [False, False]]
+    assert everywhere["b"].tolist() == [True, False]
+
+
+def test_layers_are_kept_or_left_out_whole() -> None:
+    shapes = {name: torch.Size([3, 2]) for name in "abcd"}
+    drawn = masks.layers(shapes, 0.5, torch.Generator().manual_seed(0))
+    assert sorted(int(mask.sum()) for mask in drawn.values()) == [0, 0, 6, 6]
+    assert len(masks.empty_layers(drawn)) == 2
+    sizes = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.5}
+    largest = masks.layers(shapes, 0.5, torch.Generator(), sizes=sizes)
+    assert masks.empty_layers(largest) == ["a", "d"]

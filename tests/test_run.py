@@ -50,7 +50,7 @@ def test_result_has_what_the_design_promises(finished: tuple[RunFolder, dict[str
         "inference_passes",
         "bytes_on_disk",
     } <= record["cost"].keys()
-    assert set(ensemble["kinds"]) == {"noisy", "sparse", "stochastic"}
+    assert set(ensemble["groups"]) == {"noisy", "sparse", "stochastic"}
     assert len(ensemble["by_size"]) == 6
     assert folder.read_json("result.json") == json.loads(json.dumps(record))
 

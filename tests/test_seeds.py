@@ -31,7 +31,7 @@ def record(seed: int, nll: float, single: float) -> dict[str, object]:
             "includes_parent": False,
             "without_parent": test(nll),
             "with_parent": test(nll),
-            "kinds": {},
+            "groups": {},
         },
         "cost": {"epochs": 6},
     }

@@ -22,10 +22,11 @@ import torch.distributed
 from torch import nn
 
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.data import Batches
+from ray_subnets.data import Batches, Data
 from ray_subnets.distributed.children import unpack_data
-from ray_subnets.population import Report, Task, Worker, stored_result
+from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import Epoch, Fit
+from ray_subnets.stored import stored_result
 
 _EPOCHS = "results/parent.epochs.json"
 
@@ -36,8 +37,8 @@ class ParentWorker(Worker):
     rank = 0
     world = 1
 
-    def batches(self, batch_size: int, seed: int) -> Batches:
-        return Batches(self.data, batch_size, seed, rank=self.rank, world=self.world)
+    def batches(self, batch_size: int, seed: int, data: Data | None = None) -> Batches:
+        return Batches(data or self.data, batch_size, seed, rank=self.rank, world=self.world)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         cuda = self.device.type == "cuda"

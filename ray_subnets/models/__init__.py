@@ -85,11 +85,18 @@ def _call(
 
 
 def build(
-    name: str, input_shape: Sequence[int], num_classes: int, options: Mapping[str, Any], seed: int
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    options: Mapping[str, Any],
+    seed: int,
+    *,
+    channels_last: bool = True,
 ) -> nn.Module:
     """A network with initial weights drawn from `seed`, checked to give `(N, num_classes)`.
 
     Args:
+        channels_last: memory format of convolutional networks, where it is safe.
         name: a key of `MODELS`, `torchvision/<name>`, or `package.module:function`. A user's
             function is given `input_shape` and `num_classes` if it has parameters of these names.
 
@@ -123,7 +130,7 @@ def build(
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
         _check_output(model, name, tuple(input_shape), num_classes)
-    return _channels_last(model)
+    return _channels_last(model) if channels_last else model
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
