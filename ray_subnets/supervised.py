@@ -20,6 +20,7 @@ from ray_subnets import schedules, sparse, stochastic
 from ray_subnets.data import Batches, Preprocess
 from ray_subnets.masks import Masks
 from ray_subnets.recipes import Epoch, Training, derive
+from ray_subnets.streaming import ImageFiles
 
 
 class Diverged(ValueError):
@@ -137,12 +138,16 @@ def train(
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | ImageFiles,
     preprocess: Preprocess,
     *,
     batch_size: int = 500,
 ) -> Tensor:
-    """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does."""
+    """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does.
+
+    Raises:
+        ValueError: an image file cannot be read.
+    """
     training = model.training
     model.eval()
     try:

@@ -14,13 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
-    ["noisy", "sparse", "stochastic"],
+    ["noisy", "sparse", "stochastic", "streaming"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
-    ["models"],
+    ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
     ["checkpoints"],
     ["population", "summary"],
@@ -35,7 +35,8 @@ FLOORS = [
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-GROUND_FLOOR = [name for names in FLOORS[:6] for name in names if name != "datasets"]
+READERS = {"datasets", "imagefolders"}
+GROUND_FLOOR = [name for names in FLOORS[:6] for name in names if name not in READERS]
 
 
 def modules() -> dict[str, Path]:
