@@ -45,7 +45,7 @@ def _named(value: Any) -> Any:
 
 class DataSection(Section):
     name: str
-    """digits, spirals, mnist, fashion_mnist, cifar10, cifar100, npz, imagefolder, imagenet, or
+    """digits, fashion_mnist, spirals, mnist, cifar10, cifar100, npz, imagefolder, imagenet, or
     package.module:function"""
     root: str | None = None
     """folder (or .npz file) that holds it"""

@@ -246,17 +246,17 @@ def _photographs(name: str, read: Reader) -> Callable[[Options], Loaded]:
 
 DATASETS: dict[str, Callable[[Options], Loaded]] = {
     "digits": _digits,
-    "spirals": _spirals,
-    "mnist": _mnist(
-        "MNIST",
-        "data",
-        "set data.root=FOLDER to where MNIST's four files are, or data.download=true",
-    ),
     "fashion_mnist": _mnist(
         "FashionMNIST",
         DEBIAN_FASHION_MNIST,
         "get Fashion-MNIST with 'apt-get install dataset-fashion-mnist' (Debian, Ubuntu), or set "
         "data.root=FOLDER to where the files are, or data.download=true",
+    ),
+    "spirals": _spirals,
+    "mnist": _mnist(
+        "MNIST",
+        "data",
+        "set data.root=FOLDER to where MNIST's four files are, or data.download=true",
     ),
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
