@@ -40,23 +40,36 @@ def _named(value: Any) -> Any:
 
 class DataSection(Section):
     name: str
-    """digits, fashion_mnist, cifar10, cifar100, npz, or package.module:function"""
+    """digits, fashion_mnist, spirals, mnist, cifar10, cifar100, npz, imagefolder, imagenet, or
+    package.module:function"""
     root: str | None = None
     """folder (or .npz file) that holds it"""
     download: bool = False
     """fetch it to `root` by torchvision if it is not there"""
     validation: Count | None = None
-    """samples of the training part set aside for fitness; default a tenth"""
+    """samples set aside for fitness; default a tenth of the training or a fifth of the test part"""
+    validation_from: Literal["train", "test"] = "train"
+    """which part they are taken from (section 4.3.3: a fifth of ImageNet's validation images)"""
     split_seed: int = 0
     """which samples these are; apart from `seed`, so that all seeds share them"""
     train_limit: Count | None = None
     """train on a fixed random subset of this size"""
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    """default: the largest training label plus one"""
+    """default: the largest training label plus one; for spirals the number of arms, default 3"""
+    noise: NonNegative | None = None
+    """spirals: standard deviation in the plane, where they reach out to 3; default 0.15"""
     crop: Annotated[int, Field(ge=0, le=64)] = 0
     """pixels of padding before a random crop"""
     flip: bool = False
     """random horizontal flip"""
+    size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """imagefolder, imagenet: pixels of each side as the network sees it: a RandomResizedCrop in
+    training, the centre in evaluation; default 224"""
+    resize: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """the same: pixels of the shorter side before the centre is cut out; default 256 for size 224,
+    in proportion for others"""
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    """the same: threads of each job that decode images; they change no number"""
 
 
 class ModelSection(BaseModel):

@@ -1,8 +1,9 @@
 """Data sets as tensors, and batches of them.
 
-A data set is small enough to live on the device (Fashion-MNIST 47 MB, CIFAR 150 MB as bytes):
-images stay uint8, and crop, flip and normalisation run there, a batch at a time. A batch depends
-only on (seed, epoch, position), so an interrupted epoch can be done again from its start.
+A data set that is small enough lives on the device (Fashion-MNIST 47 MB, CIFAR 150 MB as bytes):
+images stay uint8, and crop, flip and normalisation run there, a batch at a time. A larger one stays
+on disk (`streaming.ImageFiles`). A batch depends only on (seed, epoch, position), so an interrupted
+epoch can be done again from its start.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ray_subnets.recipes import derive
+from ray_subnets.streaming import ImageFiles, Sample
 
 
 @dataclass(frozen=True)
 class Split:
-    """`images` `(N, *shape)`, uint8 or floating point; `labels` `(N,)` int64."""
+    """`images` `(N, *shape)`, uint8 or floating point, or files of them; `labels` `(N,)` int64."""
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
@@ -89,7 +91,7 @@ def check_split(name: str, split: Split, num_classes: int | None = None) -> None
         ValueError: empty, images and labels that do not fit together, labels outside the classes,
             NaN or infinite inputs; the message names the split and the sample.
     """
-    if split.images.dim() < 2 or split.labels.dim() != 1:
+    if len(split.images.shape) < 2 or split.labels.dim() != 1:
         raise ValueError(
             f"data: {name} images must be (N, ...) and labels (N,), not "
             f"{tuple(split.images.shape)} and {tuple(split.labels.shape)}"
@@ -110,7 +112,7 @@ def check_split(name: str, split: Split, num_classes: int | None = None) -> None
             f"data: {name} label {int(split.labels[at])} (sample {at}) is outside the "
             f"{last + 1} classes 0 to {last}"
         )
-    if split.images.is_floating_point():
+    if isinstance(split.images, Tensor) and split.images.is_floating_point():
         bad = ~split.images.flatten(1).isfinite().all(1)
         if bad.any():
             raise ValueError(
@@ -207,22 +209,45 @@ class Batches:
         return -(-len(self.data.train) // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch `epoch` (from 0)."""
+        """The batches of epoch `epoch` (from 0).
+
+        Raises:
+            ValueError: an image file cannot be read.
+        """
         train = self.data.train
-        device = train.images.device
         shuffle = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-        order = torch.randperm(len(train), generator=shuffle).to(device)
+        order = torch.randperm(len(train), generator=shuffle)
+        if isinstance(train.images, ImageFiles):
+            inputs = self._decoded(train.images, order, epoch)
+        else:
+            inputs = self._augmented(train.images, order, epoch)
+        for index, x in zip(
+            order.to(train.images.device).split(self.batch_size), inputs, strict=True
+        ):
+            # DDP averages gradients over ranks, so each rank divides by its share of the batch.
+            y = train.labels[index]
+            yield Batch(x, y[self.rank :: self.world], len(index) / self.world)
+
+    def _augmented(self, images: Tensor, order: Tensor, epoch: int) -> Iterator[Tensor]:
+        """This rank's inputs, from images in memory."""
+        device = images.device
         augment = torch.Generator(device).manual_seed(derive(self.seed, "augment", epoch))
-        for index in order.split(self.batch_size):
-            x = train.images[index]
+        for index in order.to(device).split(self.batch_size):
+            x = images[index]
             if self.data.crop:
                 x = _random_crop(x, self.data.crop, augment)
             if self.data.flip:
                 flipped = torch.rand(len(x), generator=augment, device=device) < 0.5
                 x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-            x = self.data.preprocess(x)
-            y = train.labels[index]
-            # DDP averages gradients over ranks, so each rank divides by its share of the batch.
-            yield Batch(
-                x[self.rank :: self.world], y[self.rank :: self.world], len(index) / self.world
-            )
+            yield self.data.preprocess(x)[self.rank :: self.world]
+
+    def _decoded(self, images: ImageFiles, order: Tensor, epoch: int) -> Iterator[Tensor]:
+        """This rank's inputs, from files: a seed for each position, and no other rank's images."""
+
+        def share(start: int, rows: Tensor) -> list[Sample]:
+            mine = list(enumerate(rows.tolist(), start))[self.rank :: self.world]
+            return [(row, derive(self.seed, "augment", epoch, position)) for position, row in mine]
+
+        starts = range(0, len(order), self.batch_size)
+        parts = map(share, starts, order.split(self.batch_size))
+        return map(self.data.preprocess, images.stream(parts, flip=self.data.flip))

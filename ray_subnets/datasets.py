@@ -3,42 +3,71 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
+from ray_subnets.imagefolders import Reader, View, read_folders, read_imagenet
 from ray_subnets.models import import_path
+from ray_subnets.streaming import ImageFiles
 
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
 # Channel mean and standard deviation used by the dissertation's code for CIFAR-10 and CIFAR-100.
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2471, 0.2435, 0.2616)
+# The usual ones of ImageNet's training images; also for other photographs, as networks that were
+# trained on ImageNet expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user said about where and how to read a data set; see `config.DataSection`."""
+
+    root: str | None = None
+    download: bool = False
+    num_classes: int | None = None
+    noise: float | None = None
+    size: int | None = None
+    resize: int | None = None
+    workers: int = 4
+
+
+Loaded = tuple[Split, Split, dict[str, Any]]
+"""training part, test part, and what the data set decides itself: `mean`, `std`, `splits`"""
+
+
+def hold_out(split: Split, count: int, seed: int, name: str = "training") -> tuple[Split, Split]:
     """(rest, held out): `count` random samples set aside, the same for every run of a study.
+
+    Args:
+        name: of the split, for messages.
 
     Raises:
         ValueError: `count` is not smaller than the split.
     """
     if not 0 < count < len(split):
         raise ValueError(
-            f"data.validation: must leave training data; {count} of {len(split)} samples asked"
+            f"data.validation: must leave {name} data; {count} of {len(split)} samples asked"
         )
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return split.take(order[count:].sort().values), split.take(order[:count].sort().values)
 
 
-def statistics(images: Tensor) -> Preprocess:
+def statistics(images: Tensor | ImageFiles) -> Preprocess:
     """Per-channel mean and standard deviation of uint8 images `(N, C, ...)`, scaled to [0, 1]."""
+    assert isinstance(images, Tensor), "files come with their mean and standard deviation"
     if images.is_floating_point():
         return Preprocess()
     channels = images.transpose(0, 1).flatten(1).double() / 255
@@ -46,7 +75,7 @@ def statistics(images: Tensor) -> Preprocess:
     return Preprocess(tuple(channels.mean(1).tolist()), tuple(std.tolist()))
 
 
-def _digits(root: str | None, download: bool) -> tuple[Split, Split, dict[str, Any]]:
+def _digits(options: Options) -> Loaded:
     """1,797 8x8 images of handwritten digits that scikit-learn ships; the last 540 are the test."""
     from sklearn.datasets import load_digits
 
@@ -68,50 +97,63 @@ def _read_idx(path: Path) -> Tensor:
         return read_sn3_pascalvincent_tensor(plain.name)
 
 
-def _fashion_mnist(root: str | None, download: bool) -> tuple[Split, Split, dict[str, Any]]:
-    """70,000 28x28 images of clothes; `root` has the four idx files, gzipped or not."""
-    folder = Path(root or DEBIAN_FASHION_MNIST)
-    if download:
-        from torchvision.datasets import FashionMNIST
+def _mnist(which: str, default: str, hint: str) -> Callable[[Options], Loaded]:
+    """A reader of four idx files.
 
-        folder = Path(root or "data")
-        for train in (True, False):
-            FashionMNIST(str(folder), train=train, download=True)
-    splits = []
-    for part in ("train", "t10k"):
-        tensors = []
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-            names = [f"{part}-{kind}.gz", f"{part}-{kind}"]
-            places = [folder, folder / "FashionMNIST" / "raw"]
-            found = [place / name for place in places for name in names if (place / name).is_file()]
-            if not found:
-                raise ValueError(
-                    f"data.root: no {names[0]} in {folder}; get Fashion-MNIST with "
-                    "'apt-get install dataset-fashion-mnist' (Debian, Ubuntu), or set "
-                    "data.root=FOLDER to where the files are, or data.download=true"
-                )
-            try:
-                tensors.append(_read_idx(found[0]))
-            except (OSError, EOFError, AssertionError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"data.root: cannot read {found[0]} ({str(error) or 'not an idx file'}); "
-                    "replace it with a whole copy"
-                ) from None
-        splits.append(Split(tensors[0][:, None], tensors[1].long()))
-    return splits[0], splits[1], {}
+    Args:
+        which: torchvision's class.
+        default: folder if none is given.
+        hint: where to get the files.
+    """
+
+    def load(options: Options) -> Loaded:
+        """70,000 28x28 images; `root` has the four idx files, gzipped or not."""
+        folder = Path(options.root or default)
+        if options.download:
+            import torchvision.datasets
+
+            folder = Path(options.root or "data")
+            for train in (True, False):
+                getattr(torchvision.datasets, which)(str(folder), train=train, download=True)
+        splits = []
+        for part in ("train", "t10k"):
+            images, labels = (
+                _find_idx(folder, which, f"{part}-{kind}", hint)
+                for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+            )
+            splits.append(Split(images[:, None], labels.long()))
+        return splits[0], splits[1], {}
+
+    return load
 
 
-def _cifar(which: str) -> Callable[[str | None, bool], tuple[Split, Split, dict[str, Any]]]:
-    def load(root: str | None, download: bool) -> tuple[Split, Split, dict[str, Any]]:
+def _find_idx(folder: Path, which: str, name: str, hint: str) -> Tensor:
+    """The content of `name`, gzipped or not, in `folder` or where torchvision puts it."""
+    names = [f"{name}.gz", name]
+    places = [folder, folder / which / "raw"]
+    found = [place / name for place in places for name in names if (place / name).is_file()]
+    if not found:
+        raise ValueError(f"data.root: no {names[0]} in {folder}; {hint}")
+    try:
+        return _read_idx(found[0])
+    except (OSError, EOFError, AssertionError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"data.root: cannot read {found[0]} ({str(error) or 'not an idx file'}); "
+            "replace it with a whole copy"
+        ) from None
+
+
+def _cifar(which: str) -> Callable[[Options], Loaded]:
+    def load(options: Options) -> Loaded:
         """60,000 32x32 colour images, python version, read by torchvision from `root`."""
         import torchvision.datasets
 
-        folder = root or "data"
+        folder = options.root or "data"
         splits = []
         for train in (True, False):
             try:
                 source = getattr(torchvision.datasets, which)(
-                    folder, train=train, download=download
+                    folder, train=train, download=options.download
                 )
             except RuntimeError:
                 raise ValueError(
@@ -125,15 +167,15 @@ def _cifar(which: str) -> Callable[[str | None, bool], tuple[Split, Split, dict[
     return load
 
 
-def _arrays(root: str | None, download: bool) -> tuple[Split, Split, dict[str, Any]]:
+def _arrays(options: Options) -> Loaded:
     """Your own: an .npz with train_images, train_labels, test_images, test_labels.
 
     Images `(N, H, W)`, `(N, C, H, W)` or features `(N, D)`; uint8, or floats that are already what
     the network should see. Optional validation_images and validation_labels.
     """
-    if root is None:
+    if options.root is None:
         raise ValueError("data.root: the path of the .npz file is needed for data set 'npz'")
-    path = Path(root)
+    path = Path(options.root)
     if not path.is_file():
         raise ValueError(f"data.root: no such file: {path}")
     try:
@@ -164,13 +206,72 @@ def _arrays(root: str | None, download: bool) -> tuple[Split, Split, dict[str, A
     return split("train"), split("test"), extra
 
 
-DATASETS: dict[str, Callable[[str | None, bool], tuple[Split, Split, dict[str, Any]]]] = {
+def _spirals(options: Options) -> Loaded:
+    """`num_classes` (default 3) arms, each one turn from the middle to radius 3; 2,000 points of
+    the plane for training and 1,000 for the test, `noise` added to both coordinates.
+    """
+    arms = options.num_classes or 3
+    noise = 0.15 if options.noise is None else options.noise
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3000) % arms
+    along = torch.rand(3000, dtype=torch.float64, generator=generator)
+    angle = 2 * math.pi * (along + labels / arms)
+    points = 3 * along[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    points += noise * torch.randn(3000, 2, dtype=torch.float64, generator=generator)
+    x = points.float()
+    return Split(x[:2000], labels[:2000]), Split(x[2000:], labels[2000:]), {}
+
+
+def _photographs(name: str, read: Reader) -> Callable[[Options], Loaded]:
+    """A data set whose images stay on disk, see `imagefolders`."""
+
+    def load(options: Options) -> Loaded:
+        if options.root is None:
+            raise ValueError(f"data.root: the folder of the images is needed for data set {name!r}")
+        if options.download:
+            raise ValueError(f"data.download: {name!r} cannot be fetched; put it into data.root")
+        size = options.size or 224
+        resize = options.resize or round(size * 256 / 224)
+        if resize < size:
+            raise ValueError(f"data.resize: must be at least data.size, {size}, not {resize}")
+        view = View(size, resize, options.workers)
+        train, test, validation = read(options.root, view)
+        extra: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        if validation is not None:
+            extra["splits"] = {"validation": validation}
+        return train, test, extra
+
+    return load
+
+
+DATASETS: dict[str, Callable[[Options], Loaded]] = {
     "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
+    "fashion_mnist": _mnist(
+        "FashionMNIST",
+        DEBIAN_FASHION_MNIST,
+        "get Fashion-MNIST with 'apt-get install dataset-fashion-mnist' (Debian, Ubuntu), or set "
+        "data.root=FOLDER to where the files are, or data.download=true",
+    ),
+    "spirals": _spirals,
+    "mnist": _mnist(
+        "MNIST",
+        "data",
+        "set data.root=FOLDER to where MNIST's four files are, or data.download=true",
+    ),
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "npz": _arrays,
+    "imagefolder": _photographs("imagefolder", read_folders),
+    "imagenet": _photographs("imagenet", read_imagenet),
 }
+
+
+_ONLY = {
+    "noise": ("spirals",),
+    "size": ("imagefolder", "imagenet"),
+    "resize": ("imagefolder", "imagenet"),
+}
+"""options that would be ignored by all other data sets"""
 
 
 def load(
@@ -179,58 +280,56 @@ def load(
     root: str | None = None,
     download: bool = False,
     validation: int | None = None,
+    validation_from: Literal["train", "test"] = "train",
     split_seed: int = 0,
     train_limit: int | None = None,
     crop: int = 0,
     flip: bool = False,
     num_classes: int | None = None,
+    noise: float | None = None,
+    size: int | None = None,
+    resize: int | None = None,
+    workers: int = 4,
 ) -> Data:
-    """Read a data set, set validation samples aside from its training part, and check it.
+    """Read a data set, set validation samples aside, and check it.
 
     Args:
         name: a key of `DATASETS`, or `package.module:function`; the function returns `data.Data`,
             or two `(images, labels)` pairs, training and test.
-        validation: samples taken from the training part; default a tenth of it. Not used if the
-            data set brings its own.
+        validation: samples to set aside; default a tenth of the training part or a fifth of the
+            test part. Not used if the data set brings its own.
+        validation_from: which part they are taken from.
         split_seed: which samples; apart from the run's seed, so that all seeds of a study share it.
         train_limit: train on a fixed random subset of this size.
+        noise, size, resize, workers: see `config.DataSection`.
 
     Raises:
         ValueError: unknown name, files missing or damaged, or unusable contents.
     """
-    if ":" in name:
-        loaded = import_path(name, "data")()
-        if isinstance(loaded, Data):
-            given = {
-                "validation": validation,
-                "train_limit": train_limit,
-                "num_classes": num_classes,
-                "crop": crop,
-                "flip": flip,
-            }
-            for key, value in given.items():
-                if value:
-                    raise ValueError(
-                        f"data.{key}: {name!r} returns Data, which decides that itself"
-                    )
-            return check(loaded)
-        try:
-            (train_x, train_y), (test_x, test_y) = loaded
-            train = Split(torch.as_tensor(train_x), torch.as_tensor(train_y).long())
-            test = Split(torch.as_tensor(test_x), torch.as_tensor(test_y).long())
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"data: {name!r} must return ray_subnets.Data or "
-                "((train_images, train_labels), (test_images, test_labels))"
-            ) from None
-        extra: dict[str, Any] = {}
-    elif name in DATASETS:
-        train, test, extra = DATASETS[name](root, download)
-    else:
-        raise ValueError(
-            f"data: unknown data set {name!r}; known: {', '.join(DATASETS)}, or your own as "
-            "package.module:function"
-        )
+    for key, value in {"noise": noise, "size": size, "resize": resize}.items():
+        if value is not None and name not in _ONLY[key]:
+            raise ValueError(f"data.{key}: is only for {' and '.join(_ONLY[key])}; leave it out")
+    options = Options(
+        root=root,
+        download=download,
+        num_classes=num_classes,
+        noise=noise,
+        size=size,
+        resize=resize,
+        workers=workers,
+    )
+    given = {
+        "validation": validation,
+        "validation_from": validation_from != "train",
+        "train_limit": train_limit,
+        "num_classes": num_classes,
+        "crop": crop,
+        "flip": flip,
+    }
+    source = _read(name, options, given)
+    if isinstance(source, Data):
+        return check(source)
+    train, test, extra = source
     # Before any sample is set aside, so that numbers in messages are those of the user's file.
     if num_classes is None:
         check_split("train", train)
@@ -240,11 +339,14 @@ def load(
     for part, split in {"train": train, "test": test, **extra.get("splits", {})}.items():
         check_split(part, split, num_classes)
         check_alike(part, split, train)
-    for key, wanted in (("crop", crop), ("flip", flip)):
-        if wanted and train.images.dim() != 4:
-            raise ValueError(f"data.{key}: needs images of shape (N, C, H, W)")
+    _check_augmentation(train, crop, flip)
     if "splits" in extra:
+        if validation_from != "train":
+            raise ValueError(f"data.validation_from: {name!r} brings validation data; leave it out")
         held_out = extra["splits"]["validation"]
+    elif validation_from == "test":
+        count = validation if validation is not None else max(1, len(test) // 5)
+        test, held_out = hold_out(test, count, split_seed, "test")
     else:
         count = validation if validation is not None else max(1, len(train) // 10)
         train, held_out = hold_out(train, count, split_seed)
@@ -255,3 +357,42 @@ def load(
         Preprocess(extra["mean"], extra["std"]) if "mean" in extra else statistics(train.images)
     )
     return check(Data(name, train, held_out, test, num_classes, preprocess, crop=crop, flip=flip))
+
+
+def _read(name: str, options: Options, given: Mapping[str, Any]) -> Loaded | Data:
+    """A data set by name, or what the user's function returns.
+
+    Args:
+        given: settings that a function which returns `Data` decides itself.
+    """
+    if name in DATASETS:
+        return DATASETS[name](options)
+    if ":" not in name:
+        raise ValueError(
+            f"data: unknown data set {name!r}; known: {', '.join(DATASETS)}, or your own as "
+            "package.module:function"
+        )
+    loaded = import_path(name, "data")()
+    if isinstance(loaded, Data):
+        for key, value in given.items():
+            if value:
+                raise ValueError(f"data.{key}: {name!r} returns Data, which decides that itself")
+        return loaded
+    try:
+        (train_x, train_y), (test_x, test_y) = loaded
+        train = Split(torch.as_tensor(train_x), torch.as_tensor(train_y).long())
+        test = Split(torch.as_tensor(test_x), torch.as_tensor(test_y).long())
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"data: {name!r} must return ray_subnets.Data or "
+            "((train_images, train_labels), (test_images, test_labels))"
+        ) from None
+    return train, test, {}
+
+
+def _check_augmentation(train: Split, crop: int, flip: bool) -> None:
+    for key, wanted in (("crop", crop), ("flip", flip)):
+        if wanted and len(train.images.shape) != 4:
+            raise ValueError(f"data.{key}: needs images of shape (N, C, H, W)")
+    if crop and isinstance(train.images, ImageFiles):
+        raise ValueError("data.crop: images from files are cropped at random anyway; leave it out")

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ray_subnets import schedules
 from ray_subnets.data import Batches, Preprocess
 from ray_subnets.recipes import Epoch, Training, derive
+from ray_subnets.streaming import ImageFiles
 from ray_subnets.topology import Topology
 
 
@@ -159,12 +160,16 @@ def recompute_norm(model: nn.Module, batches: Batches) -> None:
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | ImageFiles,
     preprocess: Preprocess,
     *,
     batch_size: int = 500,
 ) -> Tensor:
-    """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does."""
+    """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does.
+
+    Raises:
+        ValueError: an image file cannot be read.
+    """
     training = model.training
     model.eval()
     try:

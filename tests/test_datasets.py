@@ -1,11 +1,12 @@
-"""Every data set gives the images and labels that are in its files, in three disjoint splits."""
+"""Every data set gives the images and labels that are in its files, in three disjoint splits.
+
+MNIST: `test_mnist.py`; spirals: `test_spirals.py`; images that stay on disk: `test_streaming.py`.
+"""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import pickle
-import struct
 import sys
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from tiny import TINY
 
 from ray_subnets import Data, Preprocess, Split, configfile, datasets, driver, models
 from ray_subnets.data import Batches
-
-DEBIAN = Path(datasets.DEBIAN_FASHION_MNIST)
 
 
 def rows(*splits: Split) -> list[bytes]:
@@ -109,54 +108,20 @@ def test_preprocessing_standardises_training_images() -> None:
     assert x.std().item() == pytest.approx(1, abs=1e-4)
 
 
-# --- Fashion-MNIST ------------------------------------------------------------------------------
-
-
-def idx(array: np.ndarray) -> bytes:
-    """The IDX format: type and number of dimensions, sizes, bytes."""
-    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    return head + array.tobytes()
-
-
-@pytest.mark.parametrize("where", [".", "FashionMNIST/raw"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_fashion_mnist_is_read(tmp_path: Path, where: str, zipped: bool) -> None:
-    """Gzipped or not, in Debian's flat folder or torchvision's."""
-    folder = tmp_path / where
-    folder.mkdir(parents=True, exist_ok=True)
-    images, labels = {}, {}
-    for seed, (part, count) in enumerate({"train": 40, "t10k": 20}.items()):
-        images[part], labels[part] = random_images(seed, count, 28, 28), np.arange(count) % 10
-        for kind, array in (
-            ("images-idx3-ubyte", images[part]),
-            ("labels-idx1-ubyte", labels[part].astype(np.uint8)),
-        ):
-            content = idx(array)
-            name = f"{part}-{kind}" + (".gz" if zipped else "")
-            (folder / name).write_bytes(gzip.compress(content) if zipped else content)
-    data = datasets.load("fashion_mnist", root=str(tmp_path), validation=10)
-    whole = Split(torch.from_numpy(images["train"])[:, None], torch.from_numpy(labels["train"]))
-    assert data.input_shape == (1, 28, 28)
-    assert data.num_classes == 10
-    assert len(data.validation) == 10
-    assert rows(data.train, data.validation) == rows(whole)
-    assert torch.equal(data.test.images, torch.from_numpy(images["t10k"])[:, None])
-    assert data.test.labels.tolist() == labels["t10k"].tolist()
-
-
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
-def test_the_real_fashion_mnist() -> None:
-    """60,000 and 10,000 images, every class equally often; the first of the test are known."""
-    data = datasets.load("fashion_mnist", validation=5000)
-    assert (len(data.train), len(data.validation), len(data.test)) == (55000, 5000, 10000)
-    assert data.input_shape == (1, 28, 28)
-    labels = torch.cat([data.train.labels, data.validation.labels])
-    assert labels.bincount().tolist() == [6000] * 10
-    assert data.test.labels.bincount().tolist() == [1000] * 10
-    assert data.test.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
-    # The mean and deviation that are quoted for its 60,000 training images.
-    assert data.preprocess.mean == pytest.approx((0.2860,), abs=2e-3)
-    assert data.preprocess.std == pytest.approx((0.3530,), abs=2e-3)
+@pytest.mark.parametrize("name", ["digits", "spirals"])
+def test_validation_from_the_test_part(name: str) -> None:
+    """A fifth of the test part, by `split_seed`; the training part stays whole."""
+    usual = datasets.load(name)
+    data = datasets.load(name, validation_from="test")
+    assert rows(data.train) == rows(usual.train, usual.validation)
+    assert rows(data.test, data.validation) == rows(usual.test)
+    assert len(data.validation) == len(usual.test) // 5
+    assert same(data.validation, datasets.load(name, validation_from="test").validation)
+    another = datasets.load(name, validation_from="test", split_seed=1)
+    assert not same(data.validation, another.validation)
+    assert len(datasets.load(name, validation_from="test", validation=7).validation) == 7
+    with pytest.raises(ValueError, match=r"data\.validation: must leave test data; 9999 of"):
+        datasets.load(name, validation_from="test", validation=9999)
 
 
 # --- CIFAR --------------------------------------------------------------------------------------
@@ -306,6 +271,8 @@ def test_npz_may_bring_its_validation_data(tmp_path: Path) -> None:
     for name, part in parts.items():
         expected = Split(torch.from_numpy(images[part]), torch.from_numpy(labels[part]))
         assert same(getattr(data, name), expected)
+    with pytest.raises(ValueError, match=r"data\.validation_from: 'npz' brings validation data"):
+        datasets.load("npz", root=str(tmp_path / "my.npz"), validation_from="test")
 
 
 MINE = """
@@ -347,6 +314,9 @@ def test_a_function_may_return_two_pairs() -> None:
     assert (len(data.train), len(data.validation), len(data.test)) == (32, 8, 20)
     assert rows(data.train, data.validation) == rows(Split(images[:40], labels[:40]))
     assert same(data.test, Split(images[40:], labels[40:]))
+    for key, value in (("size", 8), ("resize", 8), ("noise", 0.1)):
+        with pytest.raises(ValueError, match=rf"data\.{key}: is only for .*leave it out"):
+            datasets.load("my_data:pairs", **{key: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("mine")
@@ -359,3 +329,5 @@ def test_a_function_may_return_data() -> None:
     assert same(data.train, Split(images[:30], labels[:30]))
     assert same(data.validation, Split(images[30:40], labels[30:40]))
     assert same(data.test, Split(images[40:], labels[40:]))
+    with pytest.raises(ValueError, match=r"data\.validation_from: .* returns Data, which decides"):
+        datasets.load("my_data:whole", validation_from="test")

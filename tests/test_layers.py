@@ -13,17 +13,20 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
-    ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
-    ["noisy", "sparse", "stochastic"],
+    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
+    ["masks"],
+    ["noisy", "sparse", "stochastic", "structured", "streaming"],
+    ["topology"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
-    ["models"],
+    ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
     ["checkpoints"],
-    ["population", "summary"],
+    ["stored"],
+    ["population", "summary", "groups"],
     ["config"],
     ["configfile"],
     ["driver"],
@@ -35,7 +38,8 @@ FLOORS = [
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-GROUND_FLOOR = [name for names in FLOORS[:6] for name in names if name != "datasets"]
+READERS = {"datasets", "imagefolders"}
+GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
 
 
 def modules() -> dict[str, Path]:

@@ -13,6 +13,7 @@ from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job
+from ray_subnets.streaming import ImageFiles
 
 SPLITS = ("train", "validation", "test")
 
@@ -20,15 +21,21 @@ SPLITS = ("train", "validation", "test")
 def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
     """A data set as one flat array for the object store, and the rest of it."""
     tensors: dict[str, Tensor] = {}
+    files: dict[str, tuple[str, int, int, int]] = {}
     for name in SPLITS:
         split: Split = getattr(data, name)
-        tensors |= {f"{name}.images": split.images, f"{name}.labels": split.labels}
+        images = split.images
+        if isinstance(images, ImageFiles):  # the names travel, the files must be on every node
+            files[name] = (images.folder, images.size, images.resize, images.workers)
+            images = images.names
+        tensors |= {f"{name}.images": images, f"{name}.labels": split.labels}
     rest = {
         "name": data.name,
         "num_classes": data.num_classes,
         "preprocess": (data.preprocess.mean, data.preprocess.std),
         "crop": data.crop,
         "flip": data.flip,
+        "files": files,
     }
     return flatten(tensors), rest
 
@@ -36,9 +43,15 @@ def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
 def unpack_data(flat: Flat, rest: dict[str, Any]) -> Data:
     """Inverse of `pack_data`; the images are read where they lie, not copied."""
     tensors = flat.tensors()
-    splits = {name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in SPLITS}
     values = rest | {"preprocess": Preprocess(*rest["preprocess"])}
-    return Data(**(splits | values))
+    files = values.pop("files")
+    for name in SPLITS:
+        images: Tensor | ImageFiles = tensors[f"{name}.images"]
+        if name in files:
+            folder, *view = files[name]
+            images = ImageFiles(folder, tensors[f"{name}.images"], *view)
+        values[name] = Split(images, tensors[f"{name}.labels"])
+    return Data(**values)
 
 
 class ChildActor:
