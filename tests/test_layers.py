@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["recipes", "flat", "schedules", "masks", "selection", "metrics", "environment"],
-    ["noisy", "sparse", "stochastic"],
-    ["spawning", "flops", "data"],
+    ["noisy", "sparse", "stochastic", "units"],
+    ["spawning", "flops", "data", "structured"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
