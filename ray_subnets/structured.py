@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,33 +26,42 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ray_subnets.masks import Masks
+from ray_subnets.units import (
+    KINDS,
+    Coupled,
+    Kept,
+    complement_units,
+    cut,
+    draw_units,
+    scores,
+    split_units,
+    staying,
+    take,
+    unit_masks,
+)
 
-Kept = dict[str, Tensor]
-"""`Coupled.name` -> bool `(count,)`: True is a unit that stays."""
+__all__ = [
+    "KINDS",
+    "Constant",
+    "Coupled",
+    "Kept",
+    "channels_last_is_safe",
+    "complement_units",
+    "coupled_units",
+    "draw_units",
+    "remove",
+    "remove_layers",
+    "scores",
+    "split_units",
+    "take",
+    "unit_masks",
+]
 
-KINDS = frozenset({"neuron", "channel"})
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PRODUCER = (nn.Linear, *_CONV)
 _PER_CHANNEL = (_BatchNorm, _InstanceNorm, nn.PReLU)
 _VECTOR = 16  # float32 values in an AVX-512 register
 _Atom = tuple[str, str, int]  # module or parameter name, "rows" or "columns", position
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """Units of layers that can only lose them together. -1 in an owner: not of this set."""
-
-    name: str
-    """weight of the first layer, by registration, that produces the units"""
-    count: int
-    """number of units, at least 2"""
-    kinds: frozenset[str]
-    """`neuron` (linear) and/or `channel` (convolution) of the producing layers"""
-    rows: Mapping[str, Tensor]
-    """parameter or buffer -> owner: the unit of each position of dim 0, int64 `(size(0),)`"""
-    columns: Mapping[str, Tensor]
-    """consuming weight -> owner: the unit of each position of dim 1, int64 `(size(1),)`"""
 
 
 class _Components:
@@ -149,7 +156,7 @@ def coupled_units(
 
     The network's outputs are never removable; neither are, unless `classifier` is set, the rows of
     the last convolution or linear layer (which mostly are the outputs, see `masks.maskable`). A set
-    of one unit is left out: one must stay. Costs a trace and three forward passes of one random
+    of one unit is left out: one must stay. Costs a trace and a few forward passes of one random
     sample, on the CPU in double precision; to be called once per architecture.
 
     Args:
@@ -166,13 +173,15 @@ def coupled_units(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *input_shape, generator=generator, dtype=torch.float64)
     try:
+        if not isinstance(twin(x), Tensor):
+            raise TypeError("its output is not one tensor")
         components, shown = _trace(twin, x)
         units = _sets(twin, components, shown, classifier)
     except Exception as error:  # the tracer raises whatever its guesses run into
         raise _refuse(model, error) from None
     if not units:
         raise _refuse(model, "nothing is removable")
-    _try_out(model, twin, x, units, generator)
+    _try_out(model, twin, x, units)
     return units
 
 
@@ -240,14 +249,8 @@ def _coupled(model: nn.Module, first: str, units: list[list[_Atom]]) -> Coupled:
 
 
 @torch.no_grad()
-def _try_out(
-    model: nn.Module,
-    twin: nn.Module,
-    x: Tensor,
-    units: Sequence[Coupled],
-    generator: torch.Generator,
-) -> None:
-    """Remove half of the units and compare with masks, in double precision.
+def _try_out(model: nn.Module, twin: nn.Module, x: Tensor, units: Sequence[Coupled]) -> None:
+    """Remove half of the units, twice, and compare with masks, in double precision.
 
     The scale is the effect that removal has, so that a wrong answer shows in a deep network with
     initial weights too, whose output hardly depends on single units.
@@ -255,70 +258,22 @@ def _try_out(
     Raises:
         ValueError: the answers differ, or a size is written into the network's code.
     """
-    kept = draw_units(units, 0.5, generator)
+    # The last halves: what cuts its channels at fixed places, or in equal parts, fails on these.
+    last = {one.name: torch.arange(one.count) >= one.count // 2 for one in units}
     whole = twin(x)
-    try:
-        got = remove(twin, units, kept)(x)
-    except Exception as error:
-        raise _refuse(model, error) from None
-    for name, mask in unit_masks(twin, units, kept).items():
-        twin.get_parameter(name).mul_(mask)
-    wanted = twin(x)
-    effect = float((whole - wanted).abs().max())
-    error_ = float((got - wanted).abs().max()) if got.shape == wanted.shape else float("inf")
-    if not error_ <= 1e-6 * effect + 1e-13 * float(wanted.abs().max()):
-        raise _refuse(model, "without its units it is not the masked network")
-
-
-def unit_masks(
-    shapes: nn.Module | Mapping[str, torch.Size], units: Iterable[Coupled], kept: Kept
-) -> Masks:
-    """Bool masks of every parameter with rows in `units`: weights, biases, norm weights and biases.
-
-    `W o M` makes the removed units zero: eq. 3.5's matrix with rows of zeros.
-
-    Args:
-        shapes: a network, or names and shapes of its parameters; buffers are not masked.
-    """
-    if isinstance(shapes, nn.Module):
-        shapes = {name: parameter.shape for name, parameter in shapes.named_parameters()}
-    rows = _keep(units, kept)[0]
-    return {
-        name: rows[name].view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
-        for name, shape in shapes.items()
-        if name in rows
-    }
-
-
-def _keep(units: Iterable[Coupled], kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Which positions of dim 0 and of dim 1 stay, by tensor name: bool `(size,)`."""
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    for one in units:
-        # Position -1, "not of this set", finds the True appended at the end.
-        stays = torch.cat([kept[one.name], torch.ones(1, dtype=torch.bool)])
-        for owners, result in ((one.rows, rows), (one.columns, columns)):
-            for name, owner in owners.items():
-                result[name] = result.get(name, True) & stays[owner]
-    return rows, columns
-
-
-def take(weights: Mapping[str, Tensor], units: Iterable[Coupled], kept: Kept) -> dict[str, Tensor]:
-    """State dict of the full network -> state dict of `remove(model, units, kept)`: new tensors."""
-    rows, columns = _keep(units, kept)
-    return {name: _slice(t, rows.get(name), columns.get(name)) for name, t in weights.items()}
-
-
-def _slice(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """A copy without some rows and columns, in the memory format of the original."""
-    result = tensor.detach()
-    for dim, stays in ((0, rows), (1, columns)):
-        if stays is not None:
-            result = result.index_select(dim, stays.nonzero().squeeze(1).to(tensor.device))
-    # By strides: is_contiguous is true of both formats for a 1x1 convolution.
-    last = tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
-    format_ = torch.channels_last if last else torch.contiguous_format
-    return torch.empty_like(result, memory_format=format_).copy_(result)
+    for kept in (last, draw_units(units, 0.5, torch.Generator().manual_seed(0))):
+        try:
+            got = remove(twin, units, kept)(x)
+        except Exception as error:
+            raise _refuse(model, error) from None
+        masked = copy.deepcopy(twin)
+        for name, mask in unit_masks(twin, units, kept).items():
+            masked.get_parameter(name).mul_(mask)
+        wanted = masked(x)
+        effect, size = float((whole - wanted).abs().max()), float(wanted.abs().max())
+        equal = got.shape == wanted.shape
+        if not equal or not float((got - wanted).abs().max()) <= 1e-6 * effect + 1e-13 * size:
+            raise _refuse(model, "without its units it is not the masked network")
 
 
 def remove(model: nn.Module, units: Iterable[Coupled], kept: Kept) -> nn.Module:
@@ -327,7 +282,7 @@ def remove(model: nn.Module, units: Iterable[Coupled], kept: Kept) -> nn.Module:
     The same in training mode, except for layers that draw random numbers (dropout), whose shape
     changes. Stays channels last where that is safe, see `channels_last_is_safe`.
     """
-    rows, columns = _keep(units, kept)
+    rows, columns = staying(units, kept)
     small = copy.deepcopy(model)
     for prefix, module in small.named_modules():
         before = module.weight.shape if isinstance(module, _PRODUCER) else None
@@ -336,7 +291,7 @@ def remove(model: nn.Module, units: Iterable[Coupled], kept: Kept) -> nn.Module:
                 name = f"{prefix}.{key}" if prefix else key
                 if tensor is None or not (name in rows or name in columns):
                     continue
-                new = _slice(tensor, rows.get(name), columns.get(name))
+                new = cut(tensor, rows.get(name), columns.get(name))
                 if isinstance(tensor, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 setattr(module, key, new)
@@ -352,9 +307,9 @@ def remove(model: nn.Module, units: Iterable[Coupled], kept: Kept) -> nn.Module:
             module.num_features = module.num_features if sized is None else len(sized)
         elif isinstance(module, nn.PReLU):
             module.num_parameters = len(module.weight)
-    return (
-        small if channels_last_is_safe(small) else small.to(memory_format=torch.contiguous_format)
-    )
+    if not channels_last_is_safe(small):
+        small.to(memory_format=torch.contiguous_format)
+    return small
 
 
 def channels_last_is_safe(model: nn.Module) -> bool:
@@ -420,137 +375,16 @@ def remove_layers(model: nn.Module, names: Iterable[str]) -> nn.Module:
         ValueError: a name is not the weight of a linear or convolution layer.
     """
     small = copy.deepcopy(model)
+    modules = dict(small.named_modules())
+    constants: dict[nn.Module, nn.Module] = {}
     for name in names:
         path, _, key = name.rpartition(".")
-        layer = dict(small.named_modules()).get(path)
+        layer = modules.get(path)
         if key != "weight" or not path or not isinstance(layer, _PRODUCER):
             raise ValueError(f"{name}: is not the weight of a linear or convolution layer")
-        for parent in list(small.modules()):
-            for child, module in list(parent.named_children()):
-                if module is layer:  # also under its other names
-                    setattr(parent, child, Constant(layer))
+        constants[layer] = Constant(layer)
+    for parent in modules.values():
+        for child, module in list(parent._modules.items()):  # a layer may have several names
+            if module in constants:
+                setattr(parent, child, constants[module])
     return small
-
-
-def scores(weights: Mapping[str, Tensor], units: Iterable[Coupled]) -> dict[str, Tensor]:
-    """Mean |w| over the weight rows of each unit, float64 `(count,)`: the magnitude criterion.
-
-    Biases and normalisation parameters do not count.
-    """
-    result = {}
-    for one in units:
-        total = torch.zeros(one.count, dtype=torch.float64)
-        numbers = torch.zeros(one.count, dtype=torch.float64)
-        for name, owner in one.rows.items():
-            if weights[name].dim() < 2:
-                continue
-            mine = owner >= 0
-            sums = weights[name].detach().cpu().double().abs().flatten(1).sum(1)
-            total.index_add_(0, owner[mine], sums[mine])
-            size = float(prod(weights[name].shape[1:]))
-            numbers.index_add_(0, owner[mine], torch.full((int(mine.sum()),), size).double())
-        result[one.name] = total / numbers
-    return result
-
-
-def draw_units(
-    units: Sequence[Coupled],
-    density: float,
-    generator: torch.Generator,
-    *,
-    kinds: frozenset[str] = KINDS,
-    scope: str = "local",
-    draw: str = "exact",
-    criterion: str = "random",
-    scores: Mapping[str, Tensor] | None = None,
-) -> Kept:
-    """Which units stay. At least one of each set always does.
-
-    Args:
-        density: fraction of the units that stays. `exact`: `round(density * count)` of each set
-            (`local`) or of all sets together (`global`). `bernoulli`: each by itself, in either
-            scope; the luckiest one where a set would be empty.
-        kinds: sets with units of another kind are kept whole.
-        criterion: `random`, or `magnitude`: those with the largest `scores`, the first of equals;
-            nothing is drawn.
-        scores: from `scores`, `(count,)` for each set; for `magnitude` only.
-    """
-    assert scope in ("local", "global")
-    assert draw in ("exact", "bernoulli")
-    assert criterion in ("random", "magnitude")
-    kept = {one.name: torch.ones(one.count, dtype=torch.bool) for one in units}
-    drawn = [one for one in units if one.kinds <= kinds]
-    if draw == "bernoulli" and criterion == "random":
-        for one in drawn:
-            luck = torch.rand(one.count, generator=generator)
-            kept[one.name] = luck < max(density, float(luck.min()) + 2**-24)
-        return kept
-    for some in [drawn] if scope == "global" else [[one] for one in drawn]:
-        total = sum(one.count for one in some)
-        if criterion == "magnitude":
-            assert scores is not None
-            value = torch.cat([scores[one.name] for one in some]) if some else torch.empty(0)
-            order = value.sort(descending=True, stable=True).indices
-        else:
-            order = torch.randperm(total, generator=generator)
-        which = torch.repeat_interleave(
-            torch.tensor([one.count for one in some], dtype=torch.int64)
-        )
-        stays = torch.zeros(total, dtype=torch.bool)
-        for index in range(len(some)):  # the best of each set come first
-            stays[order[which[order] == index][:1]] = True
-        rest = order[~stays[order]]
-        stays[rest[: max(0, round(density * total) - len(some))]] = True
-        for one, part in zip(some, stays.split([one.count for one in some]), strict=True):
-            kept[one.name] = part.clone()
-    return kept
-
-
-def split_units(
-    units: Sequence[Coupled],
-    parts: int,
-    generator: torch.Generator,
-    *,
-    kinds: frozenset[str] = KINDS,
-) -> list[Kept]:
-    """`parts` disjoint choices that together hold every unit once (eq. 3.10, 3.11 for units).
-
-    Within a set, sizes differ by at most one. Sets with units of another kind than `kinds` are
-    whole in every part.
-
-    Raises:
-        ValueError: a set has fewer units than there are parts.
-    """
-    result: list[Kept] = [{} for _ in range(parts)]
-    for one in units:
-        if one.kinds <= kinds and one.count < parts:
-            raise ValueError(
-                f"partition: {one.name} has {one.count} units, too few for {parts} parts; "
-                "use fewer parts or structure: weight"
-            )
-        order = torch.randperm(one.count, generator=generator) if one.kinds <= kinds else None
-        for part, kept in enumerate(result):
-            kept[one.name] = torch.ones(one.count, dtype=torch.bool)
-            if order is not None:
-                kept[one.name].zero_()
-                start, stop = (one.count * edge // parts for edge in (part, part + 1))
-                kept[one.name][order[start:stop]] = True
-    return result
-
-
-def complement_units(
-    kept: Kept, units: Iterable[Coupled] = (), *, kinds: frozenset[str] = KINDS
-) -> Kept:
-    """The units that `kept` leaves out (eq. 3.10); sets of other `kinds`, by `units`, stay whole.
-
-    Raises:
-        ValueError: a set would be left without units.
-    """
-    whole = {one.name for one in units if not one.kinds <= kinds}
-    for name, stays in kept.items():
-        if name not in whole and bool(stays.all()):
-            raise ValueError(
-                f"partition: the complement keeps no unit of {name}; use a density below 1 that "
-                "leaves some out, or structure: weight"
-            )
-    return {name: stays.clone() if name in whole else ~stays for name, stays in kept.items()}

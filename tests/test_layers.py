@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 FLOORS = [
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
     ["masks"],
-    ["noisy", "sparse", "stochastic", "structured", "streaming"],
-    ["topology"],
+    ["noisy", "sparse", "stochastic", "units", "streaming"],
+    ["topology", "structured"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],

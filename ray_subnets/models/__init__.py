@@ -16,8 +16,7 @@ from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
 from ray_subnets.models.mlp import mlp
 from ray_subnets.models.resnet import resnet18, resnet56
 from ray_subnets.models.wide_resnet import WideResNet
-
-_VECTOR = 16  # float32 values in an AVX-512 register
+from ray_subnets.structured import channels_last_is_safe
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
@@ -135,18 +134,9 @@ def build(
 
 def _channels_last(model: nn.Module) -> nn.Module:
     """The same function in the memory format in which convolutions and pooling run faster on CPUs
-    (`make bench` prints by how much).
-
-    Except where it would corrupt memory: on CPUs the weight gradient of a strided 1x1 convolution
-    with fewer input channels than a vector register holds writes past its buffer in this format
-    (oneDNN issue 6035, open; seen here with torch 2.15 as aborts and hangs).
+    (`make bench` prints by how much), where that is safe.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            strided = max(module.stride) > 1 and max(module.kernel_size) == 1
-            if strided and module.in_channels // module.groups < _VECTOR:
-                return model
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last) if channels_last_is_safe(model) else model
 
 
 def _check_output(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
