@@ -6,8 +6,9 @@ process or a cluster, and nothing it computes depends on that.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,7 +138,6 @@ def run(
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
         _write_members(config, data, folder, results, decisions)
         start = min(result.started for result in results.values())
-        end = max(result.started + result.seconds for result in results.values())
         record = summarise(
             folder,
             how=config.combine,
@@ -147,7 +147,7 @@ def run(
             results=results,
             decisions=decisions,
             cost=cost,
-            times={"start": start, "wall_seconds": end - start},
+            times={"start": start, "wall_seconds": _busy_seconds(results.values())},
         )
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
@@ -196,6 +196,15 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
             if report.id == "parent":
                 spawn_children()
     return results
+
+
+def _busy_seconds(results: Iterable[Result]) -> float:
+    """Time in which at least one job ran: a run that was interrupted or grown later had pauses."""
+    total, until = 0.0, 0.0
+    for start, end in sorted((r.started, r.started + r.seconds) for r in results):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _choose(config: Config) -> Select:
@@ -353,6 +362,36 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
         members, ids=ids, preprocess=preprocess, combine=record.combine, weights=shares
     )
     return ensemble.to(device).eval().requires_grad_(False)
+
+
+def grown(config: Config, to: int, label: str | None) -> Config:
+    """The same run with `to` children in the group `label`; recipes that exist stay as they are.
+
+    Raises:
+        ValueError: no such group, it is not smaller, or `to` does not make whole partitions.
+    """
+    labels = [group.label for group in config.children]
+    known = ", ".join(dict.fromkeys(labels))
+    if label is None and len(labels) > 1:
+        raise ValueError(f"--group: this run has several; name one of {known}")
+    wanted = label or labels[0]
+    if wanted not in labels:
+        raise ValueError(f"--group: this run has no {wanted!r}; it has {known}")
+    index = len(labels) - 1 - labels[::-1].index(wanted)  # ids go on after the last of that name
+    others = sum(g.count for g, name in zip(config.children, labels, strict=True) if name == wanted)
+    others -= config.children[index].count
+    if to <= others + config.children[index].count:
+        have = others + config.children[index].count
+        raise ValueError(f"--to: {wanted} has {have} children already; name a larger number")
+    record = config.model_dump(mode="json")
+    record["children"][index]["count"] = to - others
+    try:
+        after = Config.model_validate_json(json.dumps(record), strict=True)
+    except ValidationError as error:
+        raise ValueError(configfile.one_line(error, "--to")) from None
+    recipes = {spec.id: spec for spec in after.specs()}
+    assert all(recipes[spec.id] == spec for spec in config.specs())
+    return after
 
 
 def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:

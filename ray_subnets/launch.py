@@ -106,6 +106,46 @@ def resume(
     _do(driver.config_of(folder), lambda: folder, serial, address, quiet)
 
 
+@app.command(no_args_is_help=True)
+def grow(
+    run: RunArgument,
+    to: Annotated[int, typer.Option("--to", metavar="N", help="children in all, or of --group")],
+    group: Annotated[
+        str | None,
+        typer.Option("--group", metavar="NAME", help="which children; needed if there are several"),
+    ] = None,
+    no_single: Annotated[
+        bool,
+        typer.Option("--no-single", help="drop the single model instead of training a longer one"),
+    ] = False,
+    serial: Serial = False,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Add children to a run; the parent and the children that exist are not touched.
+
+    The result is that of a run made with N children from the start. More tuned children are a
+    larger budget, so the single model beside them is trained again for it.
+
+    Example: ray-subnets grow runs/fashion_mnist_sparse --to 128
+    """
+    from ray_subnets import driver
+    from ray_subnets.checkpoints import RunFolder
+
+    folder = RunFolder.open(run)
+    before = driver.config_of(folder)
+    after = driver.grown(before, to, group)
+    if no_single:
+        after = after.model_copy(update={"single": False})
+
+    def make() -> RunFolder:
+        if after.single_job() != before.single_job():
+            folder.remove("results/single.json")
+        return folder
+
+    _do(after, make, serial, address, quiet)
+
+
 def _do(
     config: Config, make: Callable[[], RunFolder], serial: bool, address: str | None, quiet: bool
 ) -> None:
