@@ -35,7 +35,8 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: setup
-	$(BIN)/python analysis/benchmarks/training_step.py
+	$(BIN)/python -m analysis.benchmarks.training_step
+	$(BIN)/python -m analysis.benchmarks.children
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup

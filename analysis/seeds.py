@@ -54,8 +54,9 @@ def long_table(found: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cell(values: pd.Series[float], scale: float, digits: int) -> str:
-    mean = f"{scale * values.mean():.{digits}f}"
+def cell(values: pd.Series[float], scale: float, digits: int, *, sign: bool = False) -> str:
+    """Mean ± standard error; the mean alone of a single value."""
+    mean = f"{scale * values.mean():{'+' if sign else ''}.{digits}f}"
     if len(values) < 2:
         return mean
     return f"{mean} ± {scale * values.sem():.{digits}f}"
@@ -71,8 +72,8 @@ def markdown(frame: pd.DataFrame) -> str:
     ]
     for (config, predictor), group in frame.groupby(["config", "predictor"], sort=False):
         epochs = group["epochs"].iloc[0]
-        cells = [_cell(group[name], scale, digits) for name, scale, digits in METRICS]
-        ece = f"{_cell(group['ece'], 1, 4)} ({group['ece_floor'].mean():.4f})"
+        cells = [cell(group[name], scale, digits) for name, scale, digits in METRICS]
+        ece = f"{cell(group['ece'], 1, 4)} ({group['ece_floor'].mean():.4f})"
         nets = str(group["nets"].iloc[0])
         spent = "" if pd.isna(epochs) else str(int(epochs))
         row = [str(config), str(predictor), nets, spent, *cells, ece, str(len(group))]
@@ -90,8 +91,8 @@ def paired(frame: pd.DataFrame, ours: str, other: str) -> list[str]:
         nll = by["nll"][ours] - by["nll"][other]
         accuracy = by["accuracy"][ours] - by["accuracy"][other]
         lines.append(
-            f"{config}: {ours} minus {other}: NLL {_cell(nll, 1, 4)}, "
-            f"accuracy {_cell(accuracy, 100, 2)} points (n = {len(by)})"
+            f"{config}: {ours} minus {other}: NLL {cell(nll, 1, 4)}, "
+            f"accuracy {cell(accuracy, 100, 2)} points (n = {len(by)})"
         )
     return lines
 

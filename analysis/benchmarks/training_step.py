@@ -1,145 +1,163 @@
-"""What a training step costs: ratios against a named alternative in the same run.
+"""What a training step of a child costs, against a dense step in the same run.
 
-    make bench
+    make bench            # or: python -m analysis.benchmarks.training_step [--network wide_resnet]
 
-Each number is the median over rounds; the alternatives of a row take turns inside a round, so a
-machine that slows down slows both.
+On a GPU the network is WRN-28-10 in bfloat16 unless another is named.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import nn
+from torch.nn.utils import prune as torch_prune
 
-from ray_subnets import masks, models, noisy, sparse, stochastic, supervised
+from analysis.benchmarks.rounds import Measure, Ratios, medians, timed
+from ray_subnets import draws, masks, models, noisy, spawning, stochastic, supervised
 from ray_subnets.data import Batches, Data, Preprocess, Split
-from ray_subnets.recipes import Training
+from ray_subnets.recipes import ChildSpec, Epoch, Training
 
-BATCH, STEPS, ROUNDS = 128, 4, 7
+BATCH, STEPS, ROUNDS = 128, 4, 9
+OPTIONS = {"wide_resnet": {"depth": 28, "width": 10}}
 
 
-def _data(shape: tuple[int, ...]) -> Data:
+def random_data(shape: tuple[int, ...]) -> Data:
     generator = torch.Generator().manual_seed(0)
     n = BATCH * STEPS
     images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.randint(0, 10, (n,), generator=generator))
+    channels = shape[0]
     return Data(
-        "random", split, split, split, 10, Preprocess((0.5,) * shape[0], (0.25,) * shape[0])
+        "random", split, split, split, 10, Preprocess((0.5,) * channels, (0.25,) * channels)
     )
 
 
-def _epochs(
-    name: str, shape: tuple[int, ...], *, contiguous: bool = False, how: str = "dense"
-) -> Callable[[], float]:
-    """A function that trains one more epoch of `STEPS` steps and returns seconds per step."""
-    data, training = _data(shape), Training(epochs=10_000, batch_size=BATCH, lr=0.01)
-    model = models.build(name, shape, 10, {}, seed=0)
-    if contiguous:
+def child_spec(method: str) -> ChildSpec:
+    training = Training(epochs=10_000, batch_size=BATCH, lr=0.01)
+    return ChildSpec(
+        id="child",
+        method=method,  # type: ignore[arg-type]
+        seed=0,
+        density=0.5,
+        draw="exact",
+        tau=0.5,
+        anneal_epochs=1e9,
+        training=training,
+    )
+
+
+def _loop(name: str, shape: tuple[int, ...], how: str, device: str) -> Iterator[Epoch]:
+    """Training without end; how: dense, contiguous, sparse, stochastic or prune (torch's own)."""
+    model: nn.Module = models.build(name, shape, 10, OPTIONS.get(name, {}), seed=0)
+    if how == "contiguous":
         model = model.to(memory_format=torch.contiguous_format)
-    drawn = None
-    if how != "dense":
-        drawn = masks.exact(masks.maskable(model), 0.5, torch.Generator().manual_seed(0))
-        model.load_state_dict(sparse.prune(model.state_dict(), drawn))
-    tau = (lambda epoch: 0.5) if how == "stochastic" else None
-    loop = supervised.train(
-        model,
-        Batches(data, BATCH, seed=0),
-        training,
-        supervised.make_optimizer(model, training),
-        masks=drawn,
-        tau=tau,
-    )
-    next(loop)
+    model = model.to(device)
+    topology = None
+    if how == "prune":
+        for module in list(model.modules())[:-1]:
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                torch_prune.random_unstructured(module, "weight", amount=0.5)
+    elif how in ("sparse", "stochastic"):
+        spec = child_spec(how)
+        body = spawning.anatomy(model, spec, shape)
+        weights = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
+        child = spawning.spawn_weights(weights, body, spec)
+        model.load_state_dict(child.weights)
+        parameters = dict(model.named_parameters())
+        topology = spawning.topology(spec, child.subnetwork, body, parameters)
+    precision = "bfloat16" if device == "cuda" else "float32"
+    training = Training(epochs=10_000, batch_size=BATCH, lr=0.01, precision=precision)  # type: ignore[arg-type]
+    optimizer = supervised.make_optimizer(model, training)
+    batches = Batches(random_data(shape).to(torch.device(device)), BATCH, seed=0)
+    return supervised.train(model, batches, training, optimizer, topology=topology)
 
-    def one_more() -> float:
+
+def _step(name: str, shape: tuple[int, ...], how: str, device: str) -> Measure:
+    """Seconds per step, over an epoch of `STEPS`."""
+    loop = _loop(name, shape, how, device)
+
+    def one_epoch() -> float:
         began = time.perf_counter()
-        next(loop)
+        next(loop)  # reads the loss, so that a GPU has finished
         return (time.perf_counter() - began) / STEPS
 
-    return one_more
+    return one_epoch
 
 
-def _medians(alternatives: dict[str, Callable[[], float]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(ROUNDS):
-        for name, measure in alternatives.items():
-            times[name].append(measure())
-    return {name: statistics.median(values) for name, values in times.items()}
+def steps(name: str, shape: tuple[int, ...], device: str) -> None:
+    table = Ratios(f"A step of {name}, batch {BATCH}")
+    for how, other, wanted in (
+        ("sparse", "dense", "<= 1.03"),
+        ("stochastic", "dense", "<= 1.10"),
+        ("prune", "dense", "(torch.nn.utils.prune)"),
+        ("sparse", "prune", ""),
+        ("dense", "contiguous", "(channels last)"),
+    ):
+        ours, theirs = _step(name, shape, how, device), _step(name, shape, other, device)
+        table.add(how, other, medians(ours, theirs, rounds=ROUNDS), wanted)
+    table.show()
 
 
-def _bernoulli(how: str) -> Callable[[], float]:
-    """Seconds to draw 2.8 million Bernoulli values, LeNet-L's weights."""
+def random_bits() -> None:
+    """The random numbers by themselves, on the CPU."""
+    table = Ratios("Random numbers")
+    n = 2_800_000
     generator = torch.Generator().manual_seed(0)
-    mask = {"w": torch.rand(2_800_000, generator=generator) < 0.5}
-    probabilities = stochastic.temperature(mask, 0.3)["w"]
+    mask = {"w": torch.rand(n, generator=generator) < 0.5}
+    chances = stochastic.temperature(mask, 0.3)["w"]
+    ours = timed(lambda: stochastic.realise(mask, 0.3, generator))
+    theirs = timed(lambda: torch.bernoulli(chances, generator=generator))
+    table.add(
+        "Bernoulli mask of 2.8 M weights", "torch.bernoulli", medians(ours, theirs, rounds=ROUNDS)
+    )
+    ours = timed(lambda: draws.normals(10_000_000, 1))
+    theirs = timed(lambda: torch.randn(10_000_000, generator=generator))
+    table.add("10 M normals", "torch.randn", medians(ours, theirs, rounds=ROUNDS))
 
-    def draw() -> float:
-        began = time.perf_counter()
-        if how == "torch":
-            torch.bernoulli(probabilities, generator=generator)
-        else:
-            stochastic.realise(mask, 0.3, generator)
-        return time.perf_counter() - began
+    network = models.build("wide_resnet", (3, 32, 32), 10, OPTIONS["wide_resnet"], seed=0)
+    weights = network.state_dict()
+    shapes = masks.maskable(network)
+    half = masks.bernoulli(shapes, 0.5, generator)
 
-    return draw
+    def normals_and_copy() -> None:
+        for name in shapes:
+            torch.empty_like(weights[name]).copy_(torch.randn(shapes[name], generator=generator))
 
+    def numpy_and_copy() -> None:
+        for name in shapes:
+            drawn = draws.normals(shapes[name].numel(), 1).view(shapes[name])
+            torch.empty_like(weights[name]).copy_(drawn)
 
-def _normals(how: str) -> Callable[[], float]:
-    """Seconds to draw 10 million standard normals, as for a noisy child."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"w": torch.Size([10_000_000])}
-
-    def draw() -> float:
-        began = time.perf_counter()
-        if how == "torch":
-            torch.randn(shapes["w"], generator=generator)
-        else:
-            noisy.normals(shapes, generator)
-        return time.perf_counter() - began
-
-    return draw
+    spec = ChildSpec(id="n", method="noisy", seed=0, density=0.5, draw="bernoulli", sigma=0.01)
+    body = spawning.anatomy(network, spec, None)
+    spawn = timed(lambda: spawning.spawn_weights(weights, body, spec))
+    wanted = "<= 1.5"
+    pair = medians(spawn, timed(normals_and_copy), rounds=ROUNDS)
+    table.add("spawn a noisy WRN-28-10", "torch.randn and copy", pair, wanted)
+    pair = medians(spawn, timed(numpy_and_copy), rounds=ROUNDS)
+    table.add("spawn a noisy WRN-28-10", "our normals and copy", pair, wanted)
+    perturb = timed(lambda: noisy.perturb(weights, half, generator, sigma=0.01))
+    pair = medians(perturb, spawn, rounds=ROUNDS)
+    table.add("of it, noise (mask given)", "spawn", pair)
+    table.show()
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    table = Table(
-        title=f"one thread, batch {BATCH}, torch {torch.__version__}, {platform.machine()}"
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    for heading in ("what", "alternative", "ms", "ms alternative", "ratio"):
-        table.add_column(heading, justify="left" if heading in ("what", "alternative") else "right")
-
-    def row(what: str, other: str, times: dict[str, float]) -> None:
-        ours, theirs = times.values()
-        table.add_row(
-            what, other, f"{1000 * ours:.1f}", f"{1000 * theirs:.1f}", f"{ours / theirs:.2f}x"
-        )
-
-    for name, shape in (("lenet_s", (1, 28, 28)), ("lenet_l", (3, 32, 32))):
-        row(
-            f"{name} step, channels last",
-            "contiguous",
-            _medians({"a": _epochs(name, shape), "b": _epochs(name, shape, contiguous=True)}),
-        )
-    for how in ("sparse", "stochastic"):
-        ours, dense = _epochs("lenet_l", (3, 32, 32), how=how), _epochs("lenet_l", (3, 32, 32))
-        row(f"lenet_l step, {how}", "dense", _medians({"a": ours, "b": dense}))
-    row(
-        "Bernoulli mask of 2.8 M weights",
-        "torch.bernoulli",
-        _medians({"a": _bernoulli("ours"), "b": _bernoulli("torch")}),
-    )
-    row(
-        "noise for 10 M weights, numpy",
-        "torch.randn",
-        _medians({"a": _normals("ours"), "b": _normals("torch")}),
-    )
-    Console().print(table)
+    parser.add_argument("--network", default="wide_resnet" if cuda else "lenet_l")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+    steps(arguments.network, (3, 32, 32), "cuda" if cuda else "cpu")
+    random_bits()
 
 
 if __name__ == "__main__":

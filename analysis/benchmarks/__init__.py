@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against named alternatives in the same run."""
