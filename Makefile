@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu check bench fashion clean
+.PHONY: setup demo test test-gpu check bench fashion study map clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,27 @@ fashion: setup
 		$(BIN)/ray-subnets run fashion_mnist_$$kind seed=$$seed --out runs/fashion_mnist_$$kind-$$seed || exit; \
 	done; done
 	$(BIN)/python -m analysis.seeds runs/fashion_mnist_noisy-* runs/fashion_mnist_sparse-* runs/fashion_mnist_stochastic-*
+
+# One study of the dissertation's, three seeds: make study NAME=study_tuning
+study: setup
+	for seed in 0 1 2; do \
+		$(BIN)/ray-subnets run $(NAME) seed=$$seed --out runs/$(NAME)-$$seed || exit; \
+	done
+	$(BIN)/python -m analysis.groups runs/$(NAME)-[0-9]*
+
+# Where it pays: singles of many budgets, children of parents of three, two networks, three seeds;
+# two to three hours on two cores.
+map: setup
+	for width in 64 256; do for seed in 0 1 2; do \
+		$(BIN)/ray-subnets run map_singles name=map-w$$width-singles seed=$$seed \
+			model.hidden=[$$width,$$width] --out runs/map-w$$width-singles-$$seed || exit; \
+		for parent in 10 20 40; do \
+			$(BIN)/ray-subnets run map_children name=map-w$$width-p$$parent seed=$$seed \
+				model.hidden=[$$width,$$width] parent.epochs=$$parent \
+				--out runs/map-w$$width-p$$parent-$$seed || exit; \
+		done; \
+	done; done
+	$(BIN)/python -m analysis.where_it_pays runs/map-* --figure analysis/figures/where_it_pays.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info

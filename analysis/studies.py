@@ -1,0 +1,162 @@
+"""Figures of the studies: what Figs 4.3, 5.4, 5.5 and Table 6.1 show, from our runs.
+
+    python -m analysis.studies runs --figure analysis/figures/studies.png
+
+Reads runs/study_NAME-SEED for each study that is there; `make study NAME=...` makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.groups import frame
+from analysis.seeds import records
+from ray_subnets.checkpoints import RunFolder
+from ray_subnets.figures import BLUE, ORANGE, RED, SKY
+
+METHODS = {"one_shot": ORANGE, "iterative": RED, "uniform": SKY, "temperature": BLUE}
+
+
+def _runs(root: Path, name: str) -> list[str]:
+    return sorted(str(path.parent) for path in root.glob(f"study_{name}-*/result.json"))
+
+
+def _value(label: str, key: str) -> float:
+    """The number behind `key=` in a group's name."""
+    return float(label.split(f"{key}=")[1].split("-")[0])
+
+
+def sparsity(axes: Axes, root: Path) -> None:
+    """Fig 5.4, right: accuracy against sparsity, connections and neurons."""
+    table = frame(records(_runs(root, "sparsity")))
+    groups = table[table["kind"] == "group"].copy()
+    groups["sparsity"] = [_value(label, "sparsity") for label in groups["group"]]
+    for structure, colour, name in (("weight", BLUE, "connections"), ("unit", ORANGE, "neurons")):
+        mine = groups[groups["group"].str.contains(f"structure={structure}")].groupby("sparsity")
+        mean, error = 100 * mine["accuracy"].mean(), 100 * mine["accuracy"].sem()
+        axes.errorbar(mean.index, mean, error, color=colour, marker="o", ms=4, label=name)
+    parent = 100 * table[table["kind"] == "parent"]["accuracy"].mean()
+    axes.axhline(parent, color=RED, ls="--", lw=1, label="parent")
+    axes.set(xlabel="sparsity", ylabel="ensemble accuracy, %", title="Fig 5.4: what is removed")
+
+
+def size(axes: Axes, root: Path) -> None:
+    """Fig 5.5, left: accuracy against ensemble size."""
+    curves = []
+    for run in _runs(root, "size"):
+        record = RunFolder.open(run).read_json("result.json")
+        curves.append(
+            [100 * k["accuracy"] for k in record["ensemble"]["groups"]["sparse"]["by_size"]]
+        )
+    values = np.array(curves)
+    k = [1, 2, 4, 8, 16, 32, 64, 128]
+    at = values[:, [n - 1 for n in k]]
+    error = at.std(0, ddof=1) / len(at) ** 0.5 if len(at) > 1 else None
+    axes.errorbar(k, at.mean(0), error, color=BLUE, marker="o", ms=4, label="ensemble")
+    axes.set(xlabel="members", ylabel="accuracy, %", xscale="log", title="Fig 5.5: ensemble size")
+    axes.set_xticks(k, [str(n) for n in k])
+    axes.minorticks_off()
+
+
+def noise(axes: Axes, root: Path) -> None:
+    """Fig 4.3, top right: a child's accuracy against its KL divergence from the parent."""
+    rows = []
+    for run in _runs(root, "noise"):
+        record = RunFolder.open(run).read_json("result.json")
+        parent = record["parent"]["test"]["accuracy"]
+        rows += [
+            (
+                child["group"],
+                child["recipe"]["density"],
+                child["kl_from_parent"],
+                100 * (child["test"]["accuracy"] - parent),
+            )
+            for child in record["children"]
+        ]
+    table = pd.DataFrame(rows, columns=["group", "density", "kl", "drop"])
+    means = table.groupby(["density", "group"])[["kl", "drop"]].mean()
+    for density, colour in zip(sorted(table["density"].unique()), METHODS.values(), strict=False):
+        mine = means.loc[density].sort_values("kl")
+        axes.plot(mine["kl"], mine["drop"], "o-", ms=4, color=colour, label=f"density {density:g}")
+    axes.set(
+        xlabel="KL from the parent, nats", ylabel="accuracy minus parent's", title="Fig 4.3: noise"
+    )
+
+
+def annealing(schedule: str) -> Callable[[Axes, Path], None]:
+    """Table 6.1: accuracy minus the one-shot child's, random targets, at one schedule."""
+
+    def draw(axes: Axes, root: Path) -> None:
+        table = frame(records(_runs(root, "annealing")))
+        groups = table[table["kind"] == "group"].copy()
+        groups["sparsity"] = [_value(label, "sparsity") for label in groups["group"]]
+        end = "-1C" if schedule == "one-cycle" else ""
+        baseline = None
+        for method, colour in METHODS.items():
+            mine = groups[groups["group"].str.startswith(f"random-{method}{end}-sparsity")]
+            grid = 100 * mine.pivot(index="sparsity", columns="seed", values="accuracy")
+            baseline = grid if baseline is None else baseline
+            gain = grid - baseline
+            x = range(len(gain))
+            axes.errorbar(
+                x, gain.mean(axis=1), gain.sem(axis=1), color=colour, marker="o", ms=4, label=method
+            )
+        axes.set_xticks(range(len(gain)), [f"{100 * s:g} %" for s in gain.index])
+        axes.set(
+            xlabel="sparsity",
+            ylabel="accuracy minus one-shot's",
+            title=f"Table 6.1: {schedule} rate",
+        )
+
+    return draw
+
+
+PANELS: dict[str, list[Callable[[Axes, Path], None]]] = {
+    "sparsity": [sparsity],
+    "size": [size],
+    "noise": [noise],
+    "annealing": [annealing("constant"), annealing("one-cycle")],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="One figure of all studies that were run.")
+    parser.add_argument("root", type=Path, metavar="RUNS", help="folder that holds study_NAME-SEED")
+    parser.add_argument("--figure", type=Path, required=True, help="the .png to write")
+    arguments = parser.parse_args()
+    panels = [draw for name, some in PANELS.items() if _runs(arguments.root, name) for draw in some]
+    if not panels:
+        print(
+            f"analysis.studies: no study_NAME-SEED in {arguments.root}; make study NAME=study_size",
+            file=sys.stderr,
+        )
+        return 2
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        rows = -(-len(panels) // 3)
+        figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+        grid = np.atleast_1d(figure.subplots(rows, 3)).ravel()
+        for axes, draw in zip(grid, panels, strict=False):
+            draw(axes, arguments.root)
+            axes.title.set_fontsize(9)
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False, fontsize=7)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(arguments.figure, dpi=130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
