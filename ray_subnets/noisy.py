@@ -36,7 +36,7 @@ def perturb(
     """
     assert sign in (1, -1)
     seed = draws.seed_from(generator)
-    names = [name for name in weights if name in masks]
+    names = list(masks)  # a file may hold the weights in another order
     starts, total = {}, 0
     for name in names:
         starts[name] = total

@@ -165,7 +165,8 @@ def restore(
             model = without_removed(model, spec, sub, body)
             weights = packed if removable(spec, sub) else sparse.unpack(packed, sub.masks)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{where}: does not fit the network ({error})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: does not fit the network ({reason})") from None
     load_weights(model, weights, where)
     return model
 

@@ -118,7 +118,7 @@ def test_a_bad_config_is_one_line(
         ("slect.count=3", ["slect", "unknown key", "did you mean select"]),
         ("children.1.sparsty=0.5", [r"children\.1\.sparsty", "did you mean sparsity"]),
         ("children.1.tune.rate=0.5", [r"children\.1\.tune\.rate", "known: epochs, batch_size"]),
-        ("children.0.tune.epochs=1", [r"children\.0\.tune", "unknown key", "known: count"]),
+        ("children.0.tune.epochs=1", [r"children\.0\.tune", "unknown key", "known: name, count"]),
         ("data.folder=x", [r"data\.folder", "unknown key", "known: name, root"]),
         ("children.3.count=4", [r"children\.3", "0 to 2"]),
         ("parent.epochs", ["parent.epochs", r"key\.path=value"]),
@@ -142,7 +142,7 @@ def test_a_bad_config_is_one_line(
         ("data.num_classes=1", [r"data\.num_classes", "greater than or equal to 2"]),
         ("seed=-1", ["seed", "greater than or equal to 0"]),
         ("name=../x", ["name", r"'\.\./x'"]),
-        ("combine=mean", ["combine", "'probabilities', 'logits' or 'vote'", "'mean'"]),
+        ("combine=mean", ["combine", "'probabilities', 'weighted', 'logits' or 'vote'", "'mean'"]),
         ("parent.optimizer=lion", [r"parent\.optimizer", "'sgd' or 'adam'"]),
         # What does not fit together.
         ("children.1.count=3", [r"children\.1\.count", "partitions of 2", "multiple of 2"]),
