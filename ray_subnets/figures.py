@@ -82,6 +82,7 @@ def by_size(curve: Sequence[Mapping[str, float]], lines: Mapping[str, Mapping[st
                 axes.axhline(scale * test[key], color=KIND[name], ls=style, lw=1.8, label=name)
             axes.set_xlabel("members")
             axes.set_ylabel(label)
+            axes.set_xlim(0.5, max(k) + 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
         right.legend(loc="best")

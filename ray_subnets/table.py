@@ -122,10 +122,11 @@ def notes(record: Mapping[str, Any]) -> list[str]:
 def cost_text(record: Mapping[str, Any]) -> str:
     """One line of cost."""
     cost = record["cost"]
+    passes = cost["inference_passes"]
     return (
         f"Cost: {cost['epochs']} epochs on {record['data']['train']:,} images, "
         f"{cost['device_seconds']:.0f} device-seconds, {cost['wall_seconds']:.0f} s by the clock; "
         f"{cost['flops_vs_single']:.2f}x the FLOPs of a dense network of that budget if zeros are "
-        f"free; an answer takes {cost['inference_passes']} passes, "
+        f"free; an answer takes {passes} pass{'es' if passes > 1 else ''}, "
         f"{cost['bytes_on_disk'] / 1e6:.2f} MB on disk."
     )

@@ -1,0 +1,120 @@
+"""The tables and figures of the studies, from small records written by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from analysis import groups, where_it_pays
+
+REPOSITORY = Path(__file__).parent.parent
+NAMES = ("accuracy", "brier", "nll_scaled", "ece", "ece_floor", "ece_floor_std")
+
+
+def scores(nll: float) -> dict[str, float]:
+    return {"nll": nll} | dict.fromkeys(NAMES, 0.5)
+
+
+def child(id: str, group: str, epochs: int) -> dict[str, Any]:
+    return {"id": id, "group": group, "epochs": epochs, "kept": 0.5, "kl_from_parent": 0.1}
+
+
+def study(seed: int, *values: float) -> dict[str, Any]:
+    """A run with parent NLL 0.9 and a group for each value."""
+    return {
+        "name": "study",
+        "seed": seed,
+        "parent": {"epochs": 4, "test": scores(0.9), "validation": {"nll": 0.9}},
+        "single": None,
+        "children": [child(f"g{i}-{k}", f"g{i}", 2) for i in range(len(values)) for k in (0, 1)],
+        "ensemble": {
+            "groups": {
+                f"g{i}": {
+                    "members": [f"g{i}-0", f"g{i}-1"],
+                    "test": scores(nll),
+                    "validation": {"nll": nll},
+                    "mean_member": scores(nll + 1),
+                    "diversity": {"disagreement": 0.1},
+                }
+                for i, nll in enumerate(values)
+            }
+        },
+    }
+
+
+def test_groups_over_seeds_and_paired() -> None:
+    """By hand: g0 0.1, 0.2, 0.6 has mean 0.3 and error 0.1528; g1 is 0.05 higher in each run."""
+    table = groups.frame([study(i, nll, nll + 0.05) for i, nll in enumerate((0.1, 0.2, 0.6))])
+    lines = groups.markdown(table, against="g0").splitlines()
+    assert lines[2].startswith("| parent | 1 | 4 | 50.00 ± 0.00 | 0.9000 ± 0.0000 |")
+    assert lines[3].startswith("| g0 | 2 | 8 | 50.00 ± 0.00 | 0.3000 ± 0.1528 |")
+    assert lines[4].endswith("| +0.0500 ± 0.0000 | 3 |")
+
+
+def row(
+    kind: str, run: str, group: str, epochs: int, validation: float, nll: float
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "run": run,
+        "group": group,
+        "seed": 0,
+        "nets": 1,
+        "epochs": epochs,
+        "validation_nll": validation,
+        **scores(nll),
+    }
+
+
+def test_the_opponent_is_the_best_on_validation_data_within_the_budget() -> None:
+    table = pd.DataFrame(
+        [
+            row("single", "map-w8-singles", "single-10", 10, 0.50, 0.60),
+            row("single", "map-w8-singles", "single-20", 20, 0.40, 0.55),  # best on validation
+            row("single", "map-w8-singles", "single-30", 30, 0.45, 0.30),  # best on test: no matter
+            row("single", "map-w8-singles", "single-60", 60, 0.10, 0.10),  # beyond the budget
+            row("single", "map-w9-singles", "single-10", 10, 0.01, 0.01),  # another network
+            row("group", "map-w8-p20", "sparse-4x5", 40, 0.35, 0.50),
+            row("group", "map-w8-p5", "sparse-1x1", 6, 0.35, 0.50),  # no single is so short
+        ]
+    )
+    found = where_it_pays.opponents(table)
+    assert len(found) == 1
+    assert found.iloc[0]["opponent"] == 20
+    assert found.iloc[0]["d_nll"] == pytest.approx(0.50 - 0.55)
+    assert "| w8 | 20 | sparse-4x5 | 40 |" in where_it_pays.markdown(found)
+
+
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    rows = []
+    for seed in (0, 1, 2):
+        for epochs in (10, 20):
+            single = row("single", "map-w8-singles", f"single-{epochs}", epochs, 0.5, 0.6)
+            rows.append(single | {"seed": seed})
+        rows.append(row("group", "map-w8-p10", "sparse-2x5", 20, 0.4, 0.5) | {"seed": seed})
+    table = pd.DataFrame(rows)
+    path = tmp_path / "map.png"
+    where_it_pays.draw(table, where_it_pays.opponents(table), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("analysis.groups", ["none"], "no such folder"),
+        ("analysis.where_it_pays", ["none"], "no such folder"),
+        ("analysis.studies", ["none", "--figure", "x.png"], "make study NAME="),
+    ],
+)
+def test_mistakes_are_one_line(module: str, arguments: list[str], message: str) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.count("\n") == 1
+    assert message in answer.stderr
