@@ -148,7 +148,8 @@ def recompute_norm(model: nn.Module, batches: Batches) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
     model.train()
-    with torch.random.fork_rng(devices=[]):
+    device = batches.data.train.images.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(batches.seed, "norm"))  # dropout layers draw by themselves
         for batch in batches.epoch(0):
             model(batch.x)
