@@ -162,6 +162,17 @@ class Config(Section):
         for label in labels:
             if labels.count(label) > 1 or label in ("parent", "single"):
                 raise ValueError(f"children.name: {label!r} is taken; give this group another name")
+        for index, group in enumerate(self.children):
+            shared = group.draws_of
+            if shared is not None and shared >= len(self.children):
+                raise ValueError(
+                    f"children.{index}.draws_of: there is no such group; they count from 0"
+                )
+            if shared is not None and self.children[shared].draws_of not in (None, shared):
+                raise ValueError(
+                    f"children.{index}.draws_of: that group has the draws of another one itself; "
+                    "name that one"
+                )
         return self
 
     @model_validator(mode="after")

@@ -103,7 +103,8 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         return list(Config.model_fields)
     if above in ("parent", "tune"):
         return [field.name for field in fields(ParentTraining if above == "parent" else Tuning)]
-    return list(sections[above].model_fields) if above in sections else []
+    known = list(sections[above].model_fields) if above in sections else []
+    return [*known, "vary"] if above in ("noisy", "sparse", "stochastic") else known
 
 
 def one_line(error: ValidationError, source: str) -> str:

@@ -63,7 +63,8 @@ class Group(Section):
     recompute_norm: bool = False
     """batch-norm statistics of each child from training images, before any tuning"""
     draws_of: Annotated[int, Field(ge=0)] | None = None
-    """index of the group whose seeds this one shares, so that they differ in settings only"""
+    """the group whose seeds this one shares, so that they differ in settings only; counted from 0,
+    a group with `vary` as one"""
 
     @property
     def label(self) -> str:
@@ -288,7 +289,9 @@ def vary(groups: Any) -> Any:
     if not isinstance(groups, list | tuple):
         return groups
     expanded: list[Any] = []
+    firsts = []  # where the variants of each group begin
     for group in groups:
+        firsts.append(len(expanded))
         if not isinstance(group, Mapping) or "vary" not in group:
             expanded.append(group)
             continue
@@ -297,13 +300,19 @@ def vary(groups: Any) -> Any:
             isinstance(values, list) and values for values in grid.values()
         ):
             raise ValueError("vary: must map settings to lists, as in {sparsity: [0.5, 0.9]}")
-        first = len(expanded)
+        own = {"draws_of": len(firsts) - 1}
         for values in itertools.product(*grid.values()):
-            expanded.append(_variant(group, dict(zip(grid, values, strict=True)), first))
+            expanded.append(own | _variant(group, dict(zip(grid, values, strict=True))))
+    for i, group in enumerate(expanded):
+        written = group.get("draws_of") if isinstance(group, Mapping) else None
+        if isinstance(written, int) and not isinstance(written, bool) and written >= 0:
+            # Counted as in the file; one that is not there stays so.
+            found = firsts[written] if written < len(firsts) else len(expanded)
+            expanded[i] = {**group, "draws_of": found}
     return expanded
 
 
-def _variant(group: Mapping[str, Any], values: Mapping[str, Any], shared: int) -> dict[str, Any]:
+def _variant(group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     one = copy.deepcopy({key: value for key, value in group.items() if key != "vary"})
     name = str(group.get("name") or group.get("method"))
     for path, value in values.items():
@@ -315,4 +324,4 @@ def _variant(group: Mapping[str, Any], values: Mapping[str, Any], shared: int) -
                 raise ValueError(f"vary: {path!r} is not a setting")
         section[key] = value
         name += f"-{key}={value:g}" if isinstance(value, float) else f"-{key}={value}"
-    return one | {"name": name, "draws_of": group.get("draws_of", shared)}
+    return one | {"name": name}

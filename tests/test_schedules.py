@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_subnets import recipes, schedules, stochastic, supervised
+from ray_subnets import recipes, schedules, supervised
 
 
 @pytest.mark.parametrize("total", [11, 40, 137, 1000])
@@ -55,33 +55,18 @@ def test_set_rates_reaches_the_optimizer() -> None:
         assert (group[key] if name == "sgd" else group[key][0]) == pytest.approx(0.85)
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ("linear", [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
-        ("cosine", [0.5, 0.4267767, 0.25, 0.0732233, 0.0, 0.0]),
-        ("exponential", [0.5, 0.1432524, 0.0410425, 0.0117589, 0.0, 0.0]),
-    ],
-)
-def test_anneal_by_hand(shape: str, expected: list[float]) -> None:
-    """Temperature .5 over 2 epochs, at 0, .5, 1, 1.5, 2 and 3 epochs (eq. 6.2-6.4)."""
-    epochs = (0, 0.5, 1, 1.5, 2, 3)
-    found = [stochastic.anneal(epoch, start=0.5, epochs=2, shape=shape) for epoch in epochs]
-    assert found == pytest.approx(expected, abs=1e-7)
+def test_steps_by_hand() -> None:
+    """A tenth of the rate after half of the steps, a hundredth for the last tenth (4.3.2)."""
+    values = [schedules.steps(step, 100, lr=0.2) for step in (0, 49, 50, 89, 90, 99)]
+    assert values == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+    thirds = [schedules.steps(step, 9, lr=1.0, at=(1 / 3, 2 / 3), factor=0.5) for step in (2, 3, 6)]
+    assert thirds == [1.0, 0.5, 0.25]
 
 
-def test_temperature_matrix_is_eq_6_6() -> None:
-    mask = {"w": torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool()}
-    expected = torch.tensor([[1, 1, 0.3, 1], [0.3, 1, 0.3, 0.3]])
-    assert torch.equal(stochastic.temperature(mask, 0.3)["w"], expected)
-
-
-def test_realised_masks_follow_their_probabilities() -> None:
-    """The subnetwork is always on; the rest is on with chance tau."""
-    generator = torch.Generator().manual_seed(0)
-    mask = {"w": torch.rand(100, 300, generator=generator) < 0.5}
-    drawn = torch.stack([stochastic.realise(mask, 0.3, generator)["w"] for _ in range(20)]).double()
-    assert (drawn[:, mask["w"]] == 1).all()
-    outside = drawn[:, ~mask["w"]]
-    assert abs(float(outside.mean()) - 0.3) < 5 * (0.21 / outside.numel()) ** 0.5
-    assert torch.equal(stochastic.realise(mask, 0.0, generator)["w"], mask["w"])
+def test_steps_reach_the_optimizer() -> None:
+    training = recipes.Training(epochs=1, schedule="steps", lr=0.1)
+    optimizer = supervised.make_optimizer(torch.nn.Linear(2, 2), training)
+    found = [supervised.set_rates(optimizer, training, step, 10) for step in (4, 5, 9)]
+    assert found == pytest.approx([0.1, 0.01, 0.001])
+    assert optimizer.param_groups[0]["lr"] == found[-1]
+    assert optimizer.param_groups[0]["momentum"] == training.momentum  # one-cycle alone moves it
