@@ -52,7 +52,7 @@ def child_spec(method: str) -> ChildSpec:
 def _loop(name: str, shape: tuple[int, ...], how: str, device: str) -> Iterator[Epoch]:
     """Training without end; how: dense, contiguous, sparse, stochastic or prune (torch's own)."""
     model: nn.Module = models.build(name, shape, 10, OPTIONS.get(name, {}), seed=0)
-    if how == "contiguous":
+    if how in ("contiguous", "prune"):  # torch's pruning fails on channels-last weights
         model = model.to(memory_format=torch.contiguous_format)
     model = model.to(device)
     topology = None
@@ -60,6 +60,7 @@ def _loop(name: str, shape: tuple[int, ...], how: str, device: str) -> Iterator[
         for module in list(model.modules())[:-1]:
             if isinstance(module, nn.Linear | nn.Conv2d):
                 torch_prune.random_unstructured(module, "weight", amount=0.5)
+        model = model.to(memory_format=torch.channels_last)
     elif how in ("sparse", "stochastic"):
         spec = child_spec(how)
         body = spawning.anatomy(model, spec, shape)
