@@ -83,6 +83,12 @@ def noise(axes: Axes, root: Path) -> None:
             for child in record["children"]
         ]
     table = pd.DataFrame(rows, columns=["group", "density", "kl", "drop"])
+    slope, _ = np.polyfit(table["kl"], table["drop"], 1)
+    r = table["kl"].corr(table["drop"])
+    print(
+        f"noise: {len(table)} children; accuracy changes by {slope:.1f} points per nat of KL from "
+        f"the parent; correlation {r:.3f}"
+    )
     means = table.groupby(["density", "group"])[["kl", "drop"]].mean()
     for density, colour in zip(sorted(table["density"].unique()), METHODS.values(), strict=False):
         mine = means.loc[density].sort_values("kl")
