@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ray_subnets.recipes import Training as Training
     from ray_subnets.spawning import spawn as spawn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "ChildResult": "recipes",
