@@ -15,7 +15,7 @@ import ray_subnets
 from ray_subnets import configfile, driver, supervised, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
-from ray_subnets.data import bagged
+from ray_subnets.data import Batches, bagged
 from ray_subnets.ensemble import Ensemble
 from ray_subnets.summary import load_outputs
 
@@ -269,8 +269,12 @@ def test_batch_norm_statistics_are_made_anew_and_stored(tmp_path: Path) -> None:
     (activations,) = seen
     assert first.running_mean is not None
     torch.testing.assert_close(first.running_mean, activations.mean((0, 2, 3)))
-    assert not new.training
-    assert first.momentum == 0.1
+    # In place, and nothing else of a network changes.
+    state, chance = torch.get_rng_state(), first.momentum
+    supervised.recompute_norm(new, Batches(data, 500, 1))
+    torch.testing.assert_close(first.running_mean, activations.mean((0, 2, 3)))
+    assert (first.momentum, new.training) == (chance, False)
+    assert torch.equal(torch.get_rng_state(), state)
     stored = folder.load_tensors("children/new-000.safetensors")
     assert set(stored) == {n for n, _ in new.named_buffers()}
     assert not (folder.root / "children/old-000.safetensors").exists()
