@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_options import EVERY, HEAD
 from tiny import numbers, run_serial, tiny
 
 import ray_subnets
-from ray_subnets import driver
+from ray_subnets import configfile, driver
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.config import Config
 from ray_subnets.population import SerialPool, Worker
 
 pytestmark = [
@@ -19,8 +21,8 @@ pytestmark = [
 ]
 
 
-def run_on_gpu(folder: RunFolder) -> dict[str, object]:
-    settings = tiny()
+def run_on_gpu(folder: RunFolder, settings: Config | None = None) -> dict[str, object]:
+    settings = settings or tiny()
     data = driver.load_data(settings)
     cost = driver.prepare(settings, data, folder)
     pool = SerialPool(Worker(driver.task_of(settings, folder), data, "cuda:0"))
@@ -49,6 +51,16 @@ def test_a_cpu_run_has_the_same_recipes(tmp_path: Path) -> None:
     one = [c["recipe"] for c in run_serial(tiny(), cpu)["children"]]
     two = [c["recipe"] for c in run_on_gpu(gpu)["children"]]  # type: ignore[attr-defined]
     assert one == two
+
+
+def test_every_option_on_a_gpu(tmp_path: Path) -> None:
+    """Structured, annealed, iterative and half-precision children train there, and load here."""
+    settings = configfile.parse(HEAD + EVERY, "every")
+    folder = RunFolder.create(tmp_path / "run")
+    record = run_on_gpu(folder, settings)
+    assert not [child["error"] for child in record["children"] if child["error"]]  # type: ignore[attr-defined]
+    data = driver.load_data(settings)
+    assert ray_subnets.load(folder.root)(data.test.images).isfinite().all()
 
 
 def test_children_share_a_gpu_on_ray(tmp_path: Path) -> None:
