@@ -2,16 +2,19 @@
 
     make map              # the runs, then: python -m analysis.where_it_pays runs/map-*
 
-A run of `map_singles` gives single models of many budgets and rates, a run of `map_children` groups
-of children of one parent; both carry the width of the network in their name. At a budget B the
-opponent is the single model with the best validation NLL among those of at most B epochs. All
-choices are made on validation data, for each seed; test data are read once, at the end.
+A run of `map_singles` gives single models of many budgets and rates, a run of `map_children`
+groups of children of one parent; both carry the width of the network in their name. At a budget B
+the opponent is the best single model of at most B epochs, chosen for each measure on validation
+data: by NLL for NLL, by NLL after temperature scaling for scaled NLL, by accuracy for accuracy. (The
+number of epochs that is best for one of them is far from it for another.) Choices are made for each
+seed; test data are read once, at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +24,10 @@ from matplotlib.figure import Figure
 
 from analysis.groups import frame
 from analysis.seeds import cell, records
+from ray_subnets import metrics
+from ray_subnets.checkpoints import RunFolder
 from ray_subnets.figures import BLUE, GREEN, RED, SKY
+from ray_subnets.summary import load_outputs
 
 COLOURS = {"noisy": SKY, "sparse": BLUE, "stochastic": GREEN}
 
@@ -31,8 +37,45 @@ def networks(table: pd.DataFrame) -> pd.Series:
     return table["run"].str.split("-").str[1]
 
 
+MEASURES = {  # of the test data -> which single model is chosen, on validation data
+    "nll": ("validation_nll", 1),
+    "nll_scaled": ("validation_nll_scaled", 1),
+    "accuracy": ("validation_accuracy", -1),
+}
+
+
+def scaled_validation(run: str, id: str) -> float:
+    """Validation NLL of a network of a run after temperature scaling, from its saved outputs."""
+    outputs = load_outputs(RunFolder.open(run), [id], "validation")
+    log_p = outputs.logits[0].double().log_softmax(1)
+    temperature = metrics.fit_temperature(log_p, outputs.labels)
+    return metrics.nll((log_p / temperature).softmax(1), outputs.labels)
+
+
+def read(runs: Sequence[str]) -> pd.DataFrame:
+    """`groups.frame` of the runs, with the scaled validation NLL of single models."""
+    table = frame(records(runs))
+    folders = {}
+    for run in runs:
+        record = RunFolder.open(run).read_json("result.json")
+        folders[record["name"], record["seed"]] = run
+    table["validation_nll_scaled"] = [
+        scaled_validation(folders[row["run"], row["seed"]], row["group"])
+        if row["kind"] == "single"
+        else float("nan")
+        for _, row in table.iterrows()
+    ]
+    return table
+
+
+def _best(able: pd.DataFrame, measure: str) -> pd.Series:
+    key, sign = MEASURES[measure]
+    return able.loc[(sign * able[key]).idxmin()]
+
+
 def opponents(table: pd.DataFrame) -> pd.DataFrame:
-    """For every group of every run: the best single model of its network, seed and budget."""
+    """For every group of every run: itself minus the best single model of its network, seed and
+    budget (`d_`), and how many epochs that has (`epochs_`), for each measure."""
     table = table.assign(network=networks(table))
     singles = table[table["kind"] == "single"]
     rows = []
@@ -44,7 +87,7 @@ def opponents(table: pd.DataFrame) -> pd.DataFrame:
         ]
         if able.empty or group["run"].endswith("singles"):
             continue
-        best = able.loc[able["validation_nll"].idxmin()]
+        best = {measure: _best(able, measure) for measure in MEASURES}
         parent = int(group["run"].rsplit("-p", 1)[1])
         rows.append(
             {
@@ -55,14 +98,10 @@ def opponents(table: pd.DataFrame) -> pd.DataFrame:
                 "budget": group["epochs"],
                 "nets": group["nets"],
                 "validation": group["validation_nll"],
-                "opponent": best["epochs"],
-                "nll": group["nll"],
-                "accuracy": group["accuracy"],
-                "nll_scaled": group["nll_scaled"],
-                "d_nll": group["nll"] - best["nll"],
-                "d_accuracy": group["accuracy"] - best["accuracy"],
-                "d_scaled": group["nll_scaled"] - best["nll_scaled"],
             }
+            | {measure: group[measure] for measure in MEASURES}
+            | {f"d_{measure}": group[measure] - one[measure] for measure, one in best.items()}
+            | {f"epochs_{measure}": one["epochs"] for measure, one in best.items()}
         )
     return pd.DataFrame(rows)
 
@@ -70,17 +109,19 @@ def opponents(table: pd.DataFrame) -> pd.DataFrame:
 def markdown(found: pd.DataFrame) -> str:
     """Differences to the opponent, mean ± standard error over seeds, by budget."""
     lines = [
-        "| network | parent | children | budget | accuracy % | NLL | accuracy minus single's | "
-        "NLL minus single's | both scaled | n |",
-        "|" + "---|" * 10,
+        "| network | parent | children | epochs in all | validation NLL | accuracy % | NLL | "
+        "NLL, scaled | accuracy minus single's | NLL minus single's | scaled minus single's | n |",
+        "|" + "---|" * 12,
     ]
     order = ["network", "budget", "parent", "group"]
     for key, rows in found.groupby(order, sort=True):
         network, budget, parent, group = key
         cells = [str(network), str(parent), str(group), str(budget)]
-        cells += [cell(rows["accuracy"], 100, 2), cell(rows["nll"], 1, 4)]
+        cells.append(f"{rows['validation'].mean():.4f}")
+        cells += [cell(rows["accuracy"], 100, 2)]
+        cells += [cell(rows[key], 1, 4) for key in ("nll", "nll_scaled")]
         cells.append(cell(rows["d_accuracy"], 100, 2, sign=True))
-        cells += [cell(rows[key], 1, 4, sign=True) for key in ("d_nll", "d_scaled")]
+        cells += [cell(rows[key], 1, 4, sign=True) for key in ("d_nll", "d_nll_scaled")]
         lines.append(f"| {' | '.join(cells)} | {len(rows)} |")
     return "\n".join(lines)
 
@@ -91,8 +132,8 @@ def _single_curve(axes: Axes, singles: pd.DataFrame, key: str, scale: float) -> 
     values = []
     for budget in budgets:
         able = singles[singles["epochs"] <= budget]
-        best = able.loc[able.groupby("seed")["validation_nll"].idxmin()]
-        values.append((scale * best[key].mean(), scale * best[key].sem()))
+        best = pd.Series([_best(some, key)[key] for _, some in able.groupby("seed")])
+        values.append((scale * best.mean(), scale * best.sem()))
     mean, error = zip(*values, strict=True)
     axes.errorbar(budgets, mean, error, color=RED, marker="s", ms=4, label="best single model")
 
@@ -148,7 +189,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="also draw it into this .png")
     arguments = parser.parse_args()
     try:
-        table = frame(records(arguments.runs))
+        table = read(arguments.runs)
         found = opponents(table)
         if found.empty:
             raise ValueError("no groups with single models of their budget; run `make map` first")

@@ -67,6 +67,8 @@ def row(
         "nets": 1,
         "epochs": epochs,
         "validation_nll": validation,
+        "validation_nll_scaled": validation,
+        "validation_accuracy": 1 - validation,
         **scores(nll),
     }
 
@@ -85,7 +87,8 @@ def test_the_opponent_is_the_best_on_validation_data_within_the_budget() -> None
     )
     found = where_it_pays.opponents(table)
     assert len(found) == 1
-    assert found.iloc[0]["opponent"] == 20
+    for measure in ("nll", "nll_scaled", "accuracy"):
+        assert found.iloc[0][f"epochs_{measure}"] == 20
     assert found.iloc[0]["d_nll"] == pytest.approx(0.50 - 0.55)
     assert "| w8 | 20 | sparse-4x5 | 40 |" in where_it_pays.markdown(found)
 
