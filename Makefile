@@ -52,10 +52,11 @@ study: setup
 	done
 	$(BIN)/python -m analysis.groups runs/$(NAME)-[0-9]*
 
-# Where it pays: singles of many budgets, children of parents of three, two networks, three seeds;
-# two to three hours on two cores.
+# Where it pays: singles of many budgets, children of three parents, three seeds; about an hour on
+# two cores for each width.
+WIDTHS ?= 256
 map: setup
-	for width in 64 256; do for seed in 0 1 2; do \
+	for width in $(WIDTHS); do for seed in 0 1 2; do \
 		$(BIN)/ray-subnets run map_singles name=map-w$$width-singles seed=$$seed \
 			model.hidden=[$$width,$$width] --out runs/map-w$$width-singles-$$seed || exit; \
 		for parent in 10 20 40; do \

@@ -5,9 +5,9 @@
 A run of `map_singles` gives single models of many budgets and rates, a run of `map_children`
 groups of children of one parent; both carry the width of the network in their name. At a budget B
 the opponent is the best single model of at most B epochs, chosen for each measure on validation
-data: by NLL for NLL, by NLL after temperature scaling for scaled NLL, by accuracy for accuracy. (The
-number of epochs that is best for one of them is far from it for another.) Choices are made for each
-seed; test data are read once, at the end.
+data: by NLL for NLL, by NLL after temperature scaling for scaled NLL, by accuracy for accuracy.
+(The number of epochs that is best for one of them is far from it for another.) Choices are made
+for each seed; test data are read once, at the end.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(10, 2.9 * len(names)), layout="constrained")
+        figure = Figure(figsize=(10, 2.9 * len(names) + 0.7), layout="constrained")
         grid = figure.subplots(len(names), 3, squeeze=False)
         for row, name in zip(grid, names, strict=True):
             singles = table[(table["kind"] == "single") & (table["network"] == name)]
@@ -159,24 +159,27 @@ def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
                 _single_curve(axes, singles, key, scale)
                 for method, colour in COLOURS.items():
                     points = mine[mine["group"].str.startswith(method)]
-                    mean = points.groupby(["parent", "group"])[["budget", key]].mean()
-                    sem = points.groupby(["parent", "group"])[key].sem()
-                    axes.errorbar(
-                        mean["budget"],
-                        scale * mean[key],
-                        scale * sem,
-                        fmt="o",
-                        ms=4,
-                        color=colour,
-                        label=f"{method} ensembles",
-                    )
+                    for (parent, some), marker in zip(
+                        points.groupby("parent"), "vo^", strict=False
+                    ):
+                        by = some.groupby("group")
+                        axes.errorbar(
+                            by["budget"].mean(),
+                            scale * by[key].mean(),
+                            scale * by[key].sem(),
+                            fmt=marker,
+                            ms=4,
+                            color=colour,
+                            label=f"{method}, parent {parent} epochs",
+                        )
                 axes.set(xlabel="epochs in all", ylabel=label, xscale="log")
                 ticks = [10, 20, 40, 80]
                 axes.set_xticks(ticks, [str(tick) for tick in ticks])
                 axes.minorticks_off()
                 axes.grid(alpha=0.25)
             row[0].set_title(f"MLP, {name[1:]} units a layer", loc="left", fontsize=9)
-        grid[0][0].legend(frameon=False, fontsize=8)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
 
