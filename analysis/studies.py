@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.groups import frame
-from analysis.seeds import records
+from analysis.seeds import cell, records
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.figures import BLUE, ORANGE, RED, SKY
 
@@ -126,6 +126,45 @@ def annealing(schedule: str) -> Callable[[Axes, Path], None]:
     return draw
 
 
+TABLE_6_1 = {  # accuracy, %, at 50, 70, 90, 95, 98 % sparsity, ResNet-18 on CIFAR-100
+    "random-one_shot": (64.0, 63.4, 55.3, 49.0, 40.1),
+    "random-iterative": (65.5, 64.2, 57.8, 50.2, 42.2),
+    "random-uniform": (65.5, 63.6, 59.1, 54.6, 45.7),
+    "random-temperature": (65.8, 64.3, 59.5, 55.4, 46.3),
+    "random-one_shot-1C": (70.2, 68.5, 62.0, 57.3, 49.3),
+    "random-iterative-1C": (70.2, 69.2, 63.9, 57.3, 50.8),
+    "random-uniform-1C": (70.3, 69.2, 64.6, 60.0, 52.7),
+    "random-temperature-1C": (70.6, 69.6, 64.9, 60.2, 53.3),
+    "magnitude-one_shot": (67.3, 66.8, 66.1, 63.5, 54.2),
+    "magnitude-iterative": (68.2, 68.0, 66.0, 63.3, 56.4),
+    "magnitude-temperature": (68.5, 68.2, 66.3, 63.5, 56.6),
+    "magnitude-one_shot-1C": (70.9, 70.1, 69.7, 67.5, 60.4),
+    "magnitude-iterative-1C": (71.1, 71.1, 70.0, 67.5, 60.6),
+    "magnitude-temperature-1C": (71.4, 71.4, 70.2, 67.8, 61.5),
+}
+
+
+def annealing_table(root: Path) -> str:
+    """Table 6.1, ours with the dissertation's in brackets, as Markdown."""
+    table = frame(records(_runs(root, "annealing")))
+    levels = (0.5, 0.7, 0.9, 0.95, 0.98)
+    lines = [
+        "| target, method, rate | " + " | ".join(f"{100 * s:g} %" for s in levels) + " | n |",
+        "|" + "---|" * (len(levels) + 2),
+    ]
+    for name, theirs in TABLE_6_1.items():
+        cells, count = [], 0
+        for level, there in zip(levels, theirs, strict=True):
+            rows = table[table["group"] == f"{name}-sparsity={level:g}"]
+            cells.append(f"{cell(rows['accuracy'], 100, 2)} ({there})")
+            count = len(rows)
+        what, how = name.removesuffix("-1C").split("-")
+        rate = "one-cycle" if name.endswith("1C") else "constant"
+        label = f"{what}, {how.replace('_', '-')}, {rate}"
+        lines.append(f"| {label} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines)
+
+
 PANELS: dict[str, list[Callable[[Axes, Path], None]]] = {
     "sparsity": [sparsity],
     "size": [size],
@@ -146,6 +185,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if _runs(arguments.root, "annealing"):
+        print(annealing_table(arguments.root))
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
