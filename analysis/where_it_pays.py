@@ -126,6 +126,14 @@ def markdown(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def best_of_each_budget(found: pd.DataFrame) -> pd.DataFrame:
+    """Of the groups of a network and budget only the one with the best mean validation NLL."""
+    order = ["network", "budget", "parent", "group"]
+    means = found.groupby(order)["validation"].mean().reset_index()
+    chosen = means.loc[means.groupby(["network", "budget"])["validation"].idxmin(), order]
+    return found.merge(chosen, on=order)
+
+
 def _single_curve(axes: Axes, singles: pd.DataFrame, key: str, scale: float) -> None:
     """The opponent as its budget grows: what the best on validation data scores on test data."""
     budgets = sorted(singles["epochs"].unique())
@@ -190,6 +198,9 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs of `make map`")
     parser.add_argument("--figure", type=Path, help="also draw it into this .png")
+    parser.add_argument(
+        "--best", action="store_true", help="of each budget only the group best on validation data"
+    )
     arguments = parser.parse_args()
     try:
         table = read(arguments.runs)
@@ -199,7 +210,7 @@ def main() -> int:
     except ValueError as error:
         print(f"analysis.where_it_pays: {error}", file=sys.stderr)
         return 2
-    print(markdown(found))
+    print(markdown(best_of_each_budget(found) if arguments.best else found))
     if arguments.figure:
         draw(table, found, arguments.figure)
     return 0

@@ -121,3 +121,20 @@ def test_mistakes_are_one_line(module: str, arguments: list[str], message: str) 
     assert answer.returncode == 2
     assert answer.stderr.count("\n") == 1
     assert message in answer.stderr
+
+
+def test_of_each_budget_the_best_on_validation_data() -> None:
+    keys = ("network", "budget", "parent", "group", "validation", "nll")
+    rows = [
+        ("w8", 40, 20, "a", 0.30, 0.9),
+        ("w8", 40, 20, "a", 0.40, 0.9),
+        ("w8", 40, 10, "b", 0.36, 0.1),  # better on test data: no matter
+        ("w8", 60, 20, "a", 0.90, 0.9),
+    ]
+    found = pd.DataFrame([dict(zip(keys, one, strict=True)) for one in rows])
+    chosen = where_it_pays.best_of_each_budget(found)
+    assert list(zip(chosen["budget"], chosen["group"], strict=True)) == [
+        (40, "a"),
+        (40, "a"),
+        (60, "a"),
+    ]
