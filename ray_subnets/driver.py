@@ -6,7 +6,6 @@ process or a cluster, and nothing it computes depends on that.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -362,36 +361,6 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
         members, ids=ids, preprocess=preprocess, combine=record.combine, weights=shares
     )
     return ensemble.to(device).eval().requires_grad_(False)
-
-
-def grown(config: Config, to: int, label: str | None) -> Config:
-    """The same run with `to` children in the group `label`; recipes that exist stay as they are.
-
-    Raises:
-        ValueError: no such group, it is not smaller, or `to` does not make whole partitions.
-    """
-    labels = [group.label for group in config.children]
-    known = ", ".join(dict.fromkeys(labels))
-    if label is None and len(labels) > 1:
-        raise ValueError(f"--group: this run has several; name one of {known}")
-    wanted = label or labels[0]
-    if wanted not in labels:
-        raise ValueError(f"--group: this run has no {wanted!r}; it has {known}")
-    index = len(labels) - 1 - labels[::-1].index(wanted)  # ids go on after the last of that name
-    others = sum(g.count for g, name in zip(config.children, labels, strict=True) if name == wanted)
-    others -= config.children[index].count
-    if to <= others + config.children[index].count:
-        have = others + config.children[index].count
-        raise ValueError(f"--to: {wanted} has {have} children already; name a larger number")
-    record = config.model_dump(mode="json")
-    record["children"][index]["count"] = to - others
-    try:
-        after = Config.model_validate_json(json.dumps(record), strict=True)
-    except ValidationError as error:
-        raise ValueError(configfile.one_line(error, "--to")) from None
-    recipes = {spec.id: spec for spec in after.specs()}
-    assert all(recipes[spec.id] == spec for spec in config.specs())
-    return after
 
 
 def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:

@@ -129,12 +129,12 @@ def grow(
 
     Example: ray-subnets grow runs/fashion_mnist_sparse --to 128
     """
-    from ray_subnets import driver
+    from ray_subnets import configfile, driver
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run)
     before = driver.config_of(folder)
-    after = driver.grown(before, to, group)
+    after = configfile.grown(before, to, group)
     if no_single:
         after = after.model_copy(update={"single": False})
 

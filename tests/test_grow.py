@@ -68,7 +68,7 @@ def test_untrained_children_leave_the_single_model(tmp_path: Path, command: Comm
 )
 def test_mistakes_are_named(to: int, label: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        driver.grown(small(), to, label)
+        configfile.grown(small(), to, label)
 
 
 def test_groups_of_one_name_grow_at_their_end() -> None:
@@ -76,7 +76,7 @@ def test_groups_of_one_name_grow_at_their_end() -> None:
     record = two.model_dump(mode="json")
     record["children"].append(record["children"][0])
     config = Config.model_validate_json(json.dumps(record), strict=True)
-    after = driver.grown(config, 8, "sparse")
+    after = configfile.grown(config, 8, "sparse")
     assert [group.count for group in after.children] == [2, 2, 6]
     ids = [spec.id for spec in after.specs() if spec.method == "sparse"]
     assert ids == [f"sparse-{i:03d}" for i in range(8)]
