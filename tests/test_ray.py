@@ -22,7 +22,7 @@ from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.pool import RayPool, Share
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Result
+from ray_subnets.recipes import ChildResult, Epoch
 
 # Long enough to be killed in the middle.
 LONG = tiny("children.1.tune.epochs=60", "children.2.tune.epochs=40", "single=false")
@@ -129,13 +129,16 @@ def test_a_job_that_always_kills_its_actor_is_given_up(
 
 
 def test_a_dead_selection_actor_costs_nothing(tmp_path: Path) -> None:
-    """The ranking is a function of the results, and these are in the folder."""
+    """The ranking is a function of the results, and these are in the folder.
+
+    It dies at the first child's result, so that all others report to a dead actor.
+    """
     expected = run_serial(tiny(), RunFolder.create(tmp_path / "serial"))
     notes: list[str] = []
     killed: list[bool] = []
 
     def listen(report: Report) -> None:
-        if isinstance(report, Result) and report.id == "noisy-003":
+        if isinstance(report, ChildResult) and not killed:
             for actor in ray.util.list_named_actors():
                 if actor.startswith("selection-"):
                     ray.kill(ray.get_actor(actor))

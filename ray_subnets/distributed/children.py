@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split
@@ -95,5 +97,7 @@ class ChildActor:
         assert self._worker
         for report in self._worker.run(job, attempt):
             if isinstance(report, ChildResult) and self._selection is not None:
-                ray.get(self._selection.report.remote(report))
+                # If it died the driver ranks by itself, from the results in the folder.
+                with suppress(RayActorError):
+                    ray.get(self._selection.report.remote(report))
             yield report

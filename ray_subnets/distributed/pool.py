@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,7 +281,8 @@ class RayPool:
         kind = ChildResult if isinstance(job, ChildSpec) else Result
         result = kind(id=job.id, error=line, attempts=attempts, started=time.time())
         if isinstance(result, ChildResult) and self._selection is not None:
-            ray.get(self._selection.report.remote(result))
+            with suppress(RayActorError):  # if it died the driver ranks by itself
+                ray.get(self._selection.report.remote(result))
         yield result
 
     def close(self) -> None:
