@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from ray_subnets.data import Preprocess
 
-COMBINE = ("probabilities", "weighted", "logits", "vote")
-
 
 def combine(
     logits: Tensor, how: str = "probabilities", weights: Sequence[float] | None = None
