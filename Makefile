@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu check bench fashion study map clean
+.PHONY: setup demo test test-gpu test-cluster check bench fashion study map clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ test: setup
 # Needs a GPU.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Several raylets, servers and killed processes on this machine; minutes.
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster
 
 check: setup
 	$(BIN)/ruff check .
