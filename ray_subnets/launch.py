@@ -77,6 +77,13 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="start nothing; print what the run would do and take, here or on --address",
+        ),
+    ] = False,
     serial: Serial = False,
     address: Address = None,
     quiet: Quiet = False,
@@ -90,8 +97,48 @@ def run(
 
     settings = configfile.load(config, overrides or [])
     target = folder or f"runs/{settings.name}"
+    if plan:
+        return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
+
+
+def _plan(config: Config, target: str, serial: bool, address: str | None) -> None:
+    """Print a plan; exit code 1 if the run could not begin."""
+    import os
+    import shutil
+
+    import torch
+
+    from ray_subnets import driver, plan_table
+    from ray_subnets import plan as plan_
+    from ray_subnets.flops import forward_cost
+
+    sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    data = driver.load_data(config)
+    cost = forward_cost(driver.build(config, data), data.input_shape)
+    nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    if address and not serial:
+        from ray_subnets.distributed import cluster
+
+        with cluster.session(address):
+            nodes = cluster.nodes()
+    free = None
+    if "://" not in target:
+        there = next(path for path in Path(target).absolute().parents if path.exists())
+        free = shutil.disk_usage(there).free
+    planned = plan_.plan(config, data, cost, nodes, serial=serial)
+    out.print(plan_table.table(planned, free))
+    for line in planned.hints:
+        out.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    need = planned.kept_bytes + planned.checkpoint_bytes
+    problems = [planned.missing] if planned.missing else []
+    if free is not None and free < need:
+        problems.append(f"the run needs {need:,} bytes of disk and {free:,} are free at {target}")
+    for line in problems:
+        out.print(f"Missing: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command(no_args_is_help=True)

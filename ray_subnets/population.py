@@ -204,7 +204,7 @@ class Worker:
         packed = pack_child(model, spec, sub, masks)
         if packed:
             stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = _kept(model, body, masks if method.prunes else {})
+        kept = kept_of(model, body, masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
         return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
 
@@ -316,7 +316,7 @@ class SerialPool:
             yield from self._worker.run(self._queue.popleft())
 
 
-def _kept(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
+def kept_of(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
     """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     kept = {}

@@ -30,6 +30,8 @@ FLOORS = [
     ["config"],
     ["configfile"],
     ["driver"],
+    ["plan"],
+    ["plan_table"],
     ["table", "figures", "evaluation", "events", "progress"],
     ["report"],
     ["distributed", "distributed.cluster", "distributed.selection", "distributed.children"],
