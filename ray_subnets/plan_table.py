@@ -38,35 +38,54 @@ def table(plan: Plan, free: int | None = None) -> Table:
 
 
 def _rows(plan: Plan, free: int | None) -> list[tuple[str, str]]:
-    children = [work for work in plan.jobs if work.group not in ("parent", "single")]
+    children = sum(1 for work in plan.jobs if work.group not in ("parent", "single"))
     singles = [work for work in plan.jobs if work.group == "single"]
-    nodes = len(plan.nodes)
-    used = sum(1 for count in plan.actors_on if count)
-    has = f"{sum(n.cpus for n in plan.nodes):g} CPUs, {sum(n.gpus for n in plan.nodes):g} GPUs"
-    most = [f"{count} on {_counted(n, 'node')}" for count, n in Counter(plan.actors_on).items()]
-    own = f"{plan.cpus:g} CPU" + (f" and {plan.gpus:g} GPU" if plan.gpus else "") + " each"
-    busy = f"{min(plan.epochs_on):g} to {max(plan.epochs_on):g}"
+    weights = sum(work.weights for work in plan.jobs)
+    networks, epochs = "parent", f"{plan.epochs} of parent and children"
+    if singles:
+        networks += f", {_counted(len(singles), 'single model')}"
+        epochs += f", {sum(work.epochs for work in singles)} of single models"
+    networks += f", {children} child" + ("" if children == 1 else "ren")
+    nodes = _counted(len(plan.nodes), "node")
+    cpus, gpus = sum(n.cpus for n in plan.nodes), sum(n.gpus for n in plan.nodes)
+    actors = "none"
+    if plan.actors:
+        own = f"{plan.cpus:g} CPU" + (f" and {plan.gpus:g} GPU" if plan.gpus else "")
+        held = Counter(plan.actors_on).items()
+        where = ", ".join(f"{count} on {_counted(n, 'node')}" for count, n in held)
+        actors = f"{plan.actors}, {own} each; {where}"
+    clock = (
+        f"{plan.span:g} epochs; no order takes less than {plan.bound:g}; "
+        f"{min(plan.epochs_on):g} to {max(plan.epochs_on):g} on an actor"
+    )
+    travels = (
+        f"{decimal(plan.parent_bytes)} of parent, {decimal(plan.data_bytes)} of data; "
+        f"{decimal(plan.recipe_bytes)} of recipes in all"
+    )
     disk = f"{decimal(plan.kept_bytes)} and up to {decimal(plan.checkpoint_bytes)} of checkpoints"
     if free is not None:
         disk += f"; {decimal(free)} are free"
-    parts = ["parent", *([_counted(len(singles), "single model")] if singles else [])]
+    parts = (
+        f"weights {decimal(weights)}, outputs {decimal(plan.output_bytes)}; records and events "
+        "beside them are small"
+    )
+    flops = (
+        f"{_flops(plan.flops)} for parent and children if zeros are free, "
+        f"{_flops(plan.flops_dense)} dense"
+    )
     return [
-        ("networks", f"{', '.join(parts)}, {_counted(len(children), 'child')}".replace("childs", "children")),
-        ("devices", f"{_counted(nodes, 'node')}: {has}"),
-        ("actors", f"{plan.actors}, {own}; {', '.join(most)}" if plan.actors else "none"),
-        ("epochs", f"{plan.epochs} of parent and children" + (
-            f", {sum(w.epochs for w in singles)} of single models" if singles else "")),
-        ("by the clock", f"{plan.span:g} epochs; no order takes less than {plan.bound:g}; {busy} on an actor"),
+        ("networks", networks),
+        ("devices", f"{nodes}: {cpus:g} CPUs, {gpus:g} GPUs"),
+        ("actors", actors),
+        ("epochs", epochs),
+        ("by the clock", clock),
         ("order of work", _order(plan.jobs)),
-        ("computing", f"{_flops(plan.flops)} for parent and children if zeros are free, "
-            f"{_flops(plan.flops_dense)} dense"),
-        ("to each node", f"{decimal(plan.parent_bytes)} of parent, {decimal(plan.data_bytes)} of data"
-            f" ({_counted(used, 'node')}); {decimal(plan.recipe_bytes)} of recipes in all"),
+        ("computing", flops),
+        ("to each node", travels),
         ("on disk", disk),
-        ("  of it", f"weights {decimal(sum(w.weights for w in plan.jobs))}, outputs "
-            f"{decimal(plan.output_bytes)}; records and events beside them are small"),
+        ("  of it", parts),
         ("written in all", f"{decimal(plan.written_bytes)}, a checkpoint after each epoch"),
-    ]  # fmt: skip
+    ]
 
 
 def _order(jobs: tuple[Work, ...]) -> str:

@@ -34,10 +34,16 @@ FLOORS = [
     ["plan_table"],
     ["table", "figures", "evaluation", "events", "progress"],
     ["report"],
-    ["distributed", "distributed.cluster", "distributed.selection", "distributed.devices"],
+    [
+        "distributed",
+        "distributed.cluster",
+        "distributed.local_cluster",
+        "distributed.selection",
+        "distributed.devices",
+    ],
     ["distributed.instruments"],
     ["distributed.children"],
-    ["distributed.parent", "distributed.pool"],
+    ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run"],
     ["launch"],
 ]

@@ -32,6 +32,7 @@ from analysis.benchmarks import bare, processes
 from ray_subnets import configfile, driver, models
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
+from ray_subnets.flat import flatten
 from ray_subnets.recipes import Epoch, Result
 
 TRAIN, TEST = 10_000, 10_000
@@ -53,7 +54,7 @@ resources: {{threads: 1, actors: {actors}}}
 
 def random_images(path: Path) -> None:
     generator = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, n in (("train", TRAIN + bare.VALIDATION), ("test", TEST)):
         arrays[f"{split}_images"] = generator.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(n) % 10
@@ -166,7 +167,7 @@ def whole(data: Path, scratch: Path, child_seconds: float, children: int, consol
         if isinstance(report, Epoch) and report.id != "parent" and not first_steps:
             first_steps.append(time.time() - report.seconds)
 
-    began, cpu = time.perf_counter(), processes.cpu_seconds(os.getpid())
+    began = time.perf_counter()
     with cluster.session():
         started = time.perf_counter() - began
         began_run, cpu_ray = time.perf_counter(), processes.cpu_seconds(os.getpid())
@@ -204,7 +205,60 @@ def whole(data: Path, scratch: Path, child_seconds: float, children: int, consol
     gap = first_steps[0] - parent["started"] - parent["seconds"]
     table.add_row("parent's end to the first child's first step, s", f"{gap:.2f}", "", "", "<= 1")
     console.print(table)
-    _ = cpu
+
+
+LARGE = """
+name: large
+data: {{name: npz, root: {data}, validation: 16}}
+model: {{name: wide_resnet, depth: 28, width: 10}}
+parent: {{epochs: 0}}
+single: false
+children: [{{method: sparse, count: 1, partition: 1, sparsity: 0.5, tune: {{epochs: 2, lr: 0.01}}}}]
+"""
+
+
+def memory(scratch: Path, console: Console) -> None:
+    """WRN-28-10 on a few small images: the weights are large, the work is not."""
+    from ray_subnets.distributed import cluster
+    from ray_subnets.distributed.reading import life_of_a_child
+
+    file = scratch / "few.npz"
+    generator = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (32, 3, 8, 8), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(32) % 10
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    config = configfile.parse(LARGE.format(data=file), "benchmark", ())
+    data = driver.load_data(config)
+    folder = RunFolder.create(scratch / "large")
+    network = driver.build(config, data)
+    stored = folder.save_tensors("parent.safetensors", network.state_dict())
+    began = time.perf_counter()
+    parent = flatten(folder.load_tensors(stored))
+    loaded = time.perf_counter() - began
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    table = Table(title=f"An actor and a parent of {weights:,} weights, MB")
+    for heading in ("actor", "private", "shared", "seconds"):
+        table.add_column(heading, justify="left" if heading == "actor" else "right")
+    taken, took = {}, {}
+    with cluster.session():
+        life = life_of_a_child(config.task(str(folder)), data, parent, config.specs()[0])
+        for stands, pid, seconds in life:
+            taken[stands], took[stands] = processes.memory(pid), seconds
+    for stands, found in taken.items():
+        private, shared = found["private"] / 1e6, found["shared"] / 1e6
+        table.add_row(stands, f"{private:,.0f}", f"{shared:,.0f}", f"{took[stands]:.2f}")
+    console.print(table)
+    copied = (taken["parent read"]["private"] - taken["ready"]["private"]) / parent.vector.nbytes
+    first = loaded + took["parent read"] + took["spawned"]
+    console.print(
+        f"Reading it adds {copied:.1%} of the parent's {parent.vector.nbytes / 1e6:.0f} MB to the "
+        f"actor's private memory. From the parent's file to the child's first step {first:.2f} s: "
+        f"{loaded:.2f} s to read and check the file, {took['parent read']:.2f} s to hand it over, "
+        f"{took['spawned']:.2f} s to spawn.",
+        highlight=False,
+    )
 
 
 def main() -> None:
@@ -226,6 +280,8 @@ def main() -> None:
             pool(data, scratch, arguments.pool_seconds, arguments.rounds, console)
         if arguments.only in (None, "whole"):
             whole(data, scratch, arguments.child_seconds, arguments.children, console)
+        if arguments.only in (None, "memory"):
+            memory(scratch, console)
 
 
 if __name__ == "__main__":
