@@ -86,7 +86,9 @@ def test_every_estimate_holds_in_a_real_run(tmp_path: Path) -> None:
     for work in expected.jobs:
         file = folder.root / f"children/{work.id}.safetensors"
         if work.group not in ("parent", "single"):
-            assert work.weights == pytest.approx(file.stat().st_size if file.exists() else 0)
+            assert work.weights == pytest.approx(
+                file.stat().st_size if file.exists() else 0, rel=0.01
+            )
 
 
 def test_the_data_that_travels() -> None:

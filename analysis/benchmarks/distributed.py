@@ -52,6 +52,10 @@ resources: {{threads: 1, actors: {actors}}}
 """
 
 
+# Ray starts workers at niceness 15: whatever else runs on the machine would slow only them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def random_images(path: Path) -> None:
     generator = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}

@@ -24,6 +24,9 @@ from rich.table import Table
 from analysis.benchmarks import processes
 from ray_subnets.distributed.local_cluster import LocalCluster, local_cluster
 
+# Ray starts workers at niceness 15: whatever else runs on the machine would slow only them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @dataclass
 class Peak:
