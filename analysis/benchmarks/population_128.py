@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -38,18 +38,23 @@ class Peak:
     pss: int = 0
     driver: int = 0
     actor: int = 0
+    _actors: set[int] = field(default_factory=set)
 
     def look(self) -> None:
-        family = processes.family(os.getpid())
-        found = {pid: processes.memory(pid) for pid in family if pid != os.getpid()}
-        found = {pid: taken for pid, taken in found.items() if taken["rss"]}
-        actors = [pid for pid in found if "ChildActor" in processes.command_line(pid)]
+        found = {}
+        for process in processes.family(os.getpid())[1:]:
+            taken = processes.memory(process.pid)
+            if taken["pss"]:
+                found[process.pid] = taken
+                if "ChildActor" in processes.command_line(process):
+                    self._actors.add(process.pid)
+        actors = [taken["private"] for pid, taken in found.items() if pid in self._actors]
         self.processes = max(self.processes, len(found))
         self.actors = max(self.actors, len(actors))
         self.pss = max(self.pss, sum(taken["pss"] for taken in found.values()))
-        self.actor = max([self.actor, *(found[pid]["private"] for pid in actors)])
-        driver = found.get(self.process.pid, {"private": 0})
-        self.driver = max(self.driver, driver["private"])
+        self.actor = max([self.actor, *actors])
+        if self.process.pid in found:
+            self.driver = max(self.driver, found[self.process.pid]["private"])
 
 
 def run(cluster: LocalCluster, children: int, config: str, scratch: Path) -> list[str]:

@@ -1,71 +1,52 @@
-"""What processes take, from Linux's /proc: who descends from whom, memory, processor time."""
+"""What processes take: who descends from whom, memory, processor time."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_PROC = Path("/proc")
+import psutil
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on (the second may hold spaces); empty if gone."""
+def family(pid: int) -> list[psutil.Process]:
+    """`pid` and all that descends from it and is alive."""
     try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
         return []
 
 
-def family(pid: int) -> list[int]:
-    """`pid` and all that descends from it and is alive."""
-    children: dict[int, list[int]] = {}
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))) and stat[0] != "Z":
-            children.setdefault(int(stat[1]), []).append(int(entry.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
-    return found
-
-
-def command_line(pid: int) -> str:
+def command_line(process: psutil.Process) -> str:
     try:
-        return (_PROC / str(pid) / "cmdline").read_text().replace("\0", " ").strip()
-    except OSError:
+        return " ".join(process.cmdline())
+    except psutil.Error:
         return ""
 
 
 def cpu_seconds(pid: int) -> float:
     """Of `pid`, its family, and those of them that ended and were waited for."""
-    ticks = 0
-    for one in family(pid):
-        ticks += sum(int(value) for value in _stat(one)[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    total = 0.0
+    for process in family(pid):
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return total
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes: `pss` (shared pages divided among those who share them), `private`, `shared`, `rss`.
+    """Bytes: `pss` (shared pages divided among those who share them), `private`, `shared`.
 
     Zeros if the process is gone.
     """
-    values: dict[str, int] = {}
     try:
-        lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()[1:]
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, rest = line.partition(":")
-        values[name] = 1024 * int(rest.split()[0])
-    return {
-        "pss": values.get("Pss", 0),
-        "private": values.get("Private_Clean", 0) + values.get("Private_Dirty", 0),
-        "shared": values.get("Shared_Clean", 0) + values.get("Shared_Dirty", 0),
-        "rss": values.get("Rss", 0),
-    }
+        found = psutil.Process(pid).memory_full_info()
+    except psutil.Error:
+        return {"pss": 0, "private": 0, "shared": 0}
+    return {"pss": found.pss, "private": found.uss, "shared": found.rss - found.uss}
 
 
 class Sampler:
