@@ -119,10 +119,10 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     cost = forward_cost(driver.build(config, data), data.input_shape)
     nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
     if address and not serial:
-        from ray_subnets.distributed import cluster
+        from ray_subnets.distributed import cluster, devices
 
         with cluster.session(address):
-            nodes = cluster.nodes()
+            nodes = devices.nodes()
     free = None
     if "://" not in target:
         there = next(path for path in Path(target).absolute().parents if path.exists())

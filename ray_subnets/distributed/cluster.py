@@ -14,8 +14,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 
-from ray_subnets.plan import Node
-
 
 def _answers(address: str) -> None:
     """Does anything listen at `HOST:PORT`? Ray itself tries for minutes before it says no.
@@ -68,9 +66,3 @@ def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[
         yield
     finally:
         ray.shutdown()
-
-
-def nodes() -> list[Node]:
-    """The machines of the cluster that this process is connected to."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
