@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import metrics, models, sparse, supervised
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
 from ray_subnets.masks import Masks
@@ -30,6 +31,7 @@ from ray_subnets.recipes import (
     Epoch,
     Fit,
     Job,
+    Note,
     Result,
     Stored,
     Training,
@@ -56,7 +58,7 @@ from ray_subnets.stored import (
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
-Report = Epoch | Result
+Report = Epoch | Note | Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,8 @@ class Worker:
         self.parent: dict[str, Tensor] = {}
         self._anatomies: dict[tuple[bool, str], Anatomy] = {}
         self._earlier = 0.0  # seconds that earlier attempts spent on the job at hand
+        self._troubles: list[str] = []  # of the job at hand
+        self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of sums
@@ -118,36 +122,71 @@ class Worker:
     def run(self, job: Job, attempt: int = 1) -> Iterator[Report]:
         """Do a job: an `Epoch` after each epoch, at last its result, also written to the folder.
 
-        Goes on from the job's last checkpoint if there is one. A child that diverges gives a
-        result with an error; so does the single model. A diverging parent raises `Diverged`.
+        Goes on from the job's last checkpoint if there is one. A child that diverges, or that
+        cannot be written, gives a result with an error; so does the single model. The latter is
+        not in the folder, so that the job is done when the run is resumed. The parent raises.
+
+        Raises:
+            ValueError: the parent diverged, or could not be written.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         started = time.time()
-        self._earlier = 0.0
-        try:
-            try:
-                result = yield from self._run(job)
-            except Diverged as error:
-                if job.id == "parent":
-                    raise
-                kind = ChildResult if isinstance(job, ChildSpec) else Result
-                result = kind(id=job.id, error=str(error))
+        self._earlier, self._troubles = 0.0, []
+
+        def signed(result: Result) -> Result:
             seconds = time.time() - started
-            result = replace(
+            return replace(
                 result,
                 started=started,
                 seconds=seconds,
                 device_seconds=self._earlier + seconds,
                 worker=self.name,
                 attempts=attempt,
+                troubles=tuple(self._troubles),
             )
-            if self.primary:
-                store_result(self.folder, result)
-                self.folder.remove(checkpoint_name(job))
+
+        try:
+            try:
+                self._check_room(job)
+                result = signed((yield from self._run(job)))
+                if self.primary:
+                    store_result(self.folder, result)
+            except (Diverged, WriteFailed) as error:
+                if job.id == "parent":
+                    raise
+                kind = ChildResult if isinstance(job, ChildSpec) else Result
+                self._unsure = isinstance(error, WriteFailed)
+                result = signed(kind(id=job.id, error=str(error)))
+                if not self._unsure:
+                    with suppress(WriteFailed):  # it will be found to diverge again
+                        store_result(self.folder, result)
+            if self.primary and not self._unsure:
+                with suppress(WriteFailed):  # a checkpoint that stays takes space, no more
+                    self.folder.remove(checkpoint_name(job))
             yield result
         finally:
             torch.set_num_threads(threads)
+
+    def _check_room(self, job: Job) -> None:
+        """After a job that could not be written: would the outputs of this one find room?
+
+        Asked before hours are spent on it.
+
+        Raises:
+            WriteFailed: no.
+        """
+        if self._unsure:
+            data = self.data
+            size = 4 * data.num_classes * (len(data.validation) + len(data.test))
+            probe = f"outputs/{job.id}.room"
+            self.folder.write(probe, bytes(size))
+            self.folder.remove(probe)
+            self._unsure = False
+
+    def _trouble(self, job: Job, line: str) -> Note:
+        self._troubles.append(line)
+        return Note(job.id, line)
 
     def build(self, seed: int) -> nn.Module:
         """The run's network with initial weights drawn from `seed`, on this device."""
@@ -162,7 +201,7 @@ class Worker:
         )
         return model.to(self.device)
 
-    def _run(self, job: Job) -> Generator[Epoch, None, Result]:
+    def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
@@ -174,7 +213,7 @@ class Worker:
         assert self.parent, "a child was submitted before its parent was shared"
         return (yield from self._run_child(job))
 
-    def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
+    def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
         model = self.build(seed=0)
         body = self.anatomy(model, spec)
         child = spawn_weights(self.parent, body, spec)
@@ -224,11 +263,16 @@ class Worker:
         *,
         data: Data | None = None,
         topology: Topology | None = None,
-    ) -> Generator[Epoch, None, int]:
+    ) -> Generator[Epoch | Note, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
-        start, images, self._earlier = load_checkpoint(self.folder, job, model, optimizer)
-        began = time.time()
+        said: list[str] = []
+        start, images, self._earlier = load_checkpoint(
+            self.folder, job, model, optimizer, said.append
+        )
+        for line in said:
+            yield self._trouble(job, line)
+        began, lost = time.time(), False
         loop = supervised.train(
             self.parallel(model),
             self.batches(training.batch_size, seed, data),
@@ -244,7 +288,15 @@ class Worker:
             images += report.images
             if self.primary and report.epoch < report.epochs:
                 seconds = self._earlier + time.time() - began
-                save_checkpoint(self.folder, job, model, optimizer, report.epoch, images, seconds)
+                try:
+                    save_checkpoint(
+                        self.folder, job, model, optimizer, report.epoch, images, seconds
+                    )
+                except WriteFailed as error:  # the next may find room; training loses nothing
+                    if not lost:
+                        lost = True
+                        why = str(error).split(";")[0]
+                        yield self._trouble(job, f"no checkpoint: {why}; it goes on without")
             yield report
         return images
 

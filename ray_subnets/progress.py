@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Job, Result
+from ray_subnets.recipes import Epoch, Job, Note, Result
 
 
 class View(Protocol):
@@ -77,6 +77,9 @@ class Bars:
         self._progress.console.print(line, highlight=False)
 
     def __call__(self, report: Report) -> None:
+        if isinstance(report, Note):
+            self.note(report.line)
+            return
         if isinstance(report, Epoch):
             row = self._rows.get(report.id)
             if row is None:
@@ -126,6 +129,9 @@ class Lines:
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def __call__(self, report: Report) -> None:
+        if isinstance(report, Note):
+            self.note(report.line)
+            return
         if isinstance(report, Epoch):
             self._completed += report.epoch - self._seen[report.id]
             self._seen[report.id] = report.epoch

@@ -47,6 +47,7 @@ def numbers(record: Any) -> Any:
         "start",
         "worker",
         "attempts",
+        "troubles",
         "wall_seconds",
         "device_seconds",
         "environment",
