@@ -51,6 +51,11 @@ class RunFolder:
         return self._place.path(name)
 
     @property
+    def name(self) -> str:
+        """The last part of where it is."""
+        return str(self).partition("?")[0].rsplit("/", 1)[-1]
+
+    @property
     def root(self) -> Path:
         """The folder itself, if it is on this machine."""
         assert isinstance(self._place, storage.LocalPlace), self

@@ -191,6 +191,7 @@ def _do(
                 cost=cost,
                 listen=listen,
                 notify=view.note,
+                watch=view.status,
                 growing=bool(address),
             )
     _show(record)

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -24,11 +24,11 @@ from ray_subnets import metrics, models, sparse, supervised
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
-from ray_subnets.masks import Masks
 from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
     Epoch,
+    Fault,
     Fit,
     Job,
     Note,
@@ -49,7 +49,9 @@ from ray_subnets.spawning import (
     without_removed,
 )
 from ray_subnets.stored import (
+    check_room,
     checkpoint_name,
+    kept_fractions,
     load_checkpoint,
     pack_child,
     save_checkpoint,
@@ -88,6 +90,10 @@ class Pool(Protocol):
     def reports(self) -> Iterator[Report]:
         """Reports as they come, until every job submitted (also meanwhile) has a result."""
 
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """What went wrong and was handled, in the order of time."""
+
 
 class Worker:
     """Does jobs on one device.
@@ -95,9 +101,10 @@ class Worker:
     Args:
         data: on the CPU; moved to `device` once.
         device: `cpu` or `cuda:0`.
+        node: what the machine is called in results; default the host's name.
     """
 
-    def __init__(self, task: Task, data: Data, device: str = "cpu") -> None:
+    def __init__(self, task: Task, data: Data, device: str = "cpu", node: str = "") -> None:
         if task.import_from and task.import_from not in sys.path:
             sys.path.insert(0, task.import_from)
         self.task = task
@@ -106,10 +113,13 @@ class Worker:
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
         self._anatomies: dict[tuple[bool, str], Anatomy] = {}
-        self._earlier = 0.0  # seconds that earlier attempts spent on the job at hand
+        self._earlier: float | None = None  # seconds that earlier attempts spent on this job
+        self._timings: dict[str, float] = {}
+        self._started = 0.0
         self._troubles: list[str] = []  # of the job at hand
         self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
+        self.node = node or socket.gethostname()
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of sums
             torch.backends.cudnn.benchmark = False
@@ -122,34 +132,23 @@ class Worker:
     def run(self, job: Job, attempt: int = 1) -> Iterator[Report]:
         """Do a job: an `Epoch` after each epoch, at last its result, also written to the folder.
 
-        Goes on from the job's last checkpoint if there is one. A child that diverges, or that
-        cannot be written, gives a result with an error; so does the single model. The latter is
-        not in the folder, so that the job is done when the run is resumed. The parent raises.
+        Goes on from the job's last checkpoint if there is one. A job that diverges is done once
+        more from there: numbers that are not finite again are the recipe's doing, others were
+        the machine's. A child that diverges gives a result with an error, and so does one that
+        cannot be written; so does the single model. What could not be written is not in the
+        folder, and is done when the run is resumed.
 
         Raises:
             ValueError: the parent diverged, or could not be written.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
-        started = time.time()
-        self._earlier, self._troubles = 0.0, []
-
-        def signed(result: Result) -> Result:
-            seconds = time.time() - started
-            return replace(
-                result,
-                started=started,
-                seconds=seconds,
-                device_seconds=self._earlier + seconds,
-                worker=self.name,
-                attempts=attempt,
-                troubles=tuple(self._troubles),
-            )
-
+        self._started, self._earlier, self._timings = time.time(), None, {}
+        self._troubles = []
         try:
             try:
                 self._check_room(job)
-                result = signed((yield from self._run(job)))
+                result = self._signed((yield from self._run_twice(job)), attempt)
                 if self.primary:
                     store_result(self.folder, result)
             except (Diverged, WriteFailed) as error:
@@ -157,7 +156,7 @@ class Worker:
                     raise
                 kind = ChildResult if isinstance(job, ChildSpec) else Result
                 self._unsure = isinstance(error, WriteFailed)
-                result = signed(kind(id=job.id, error=str(error)))
+                result = self._signed(kind(id=job.id, error=str(error)), attempt)
                 if not self._unsure:
                     with suppress(WriteFailed):  # it will be found to diverge again
                         store_result(self.folder, result)
@@ -167,6 +166,30 @@ class Worker:
             yield result
         finally:
             torch.set_num_threads(threads)
+
+    def _run_twice(self, job: Job) -> Generator[Epoch | Note, None, Result]:
+        """`_run`, once more if it diverges."""
+        try:
+            return (yield from self._run(job))
+        except Diverged as error:
+            once = f"done again from the last checkpoint, since {error}"
+            result = yield from self._run(job)
+            return replace(result, notes=(*result.notes, once))
+
+    def _signed(self, result: Result, attempt: int) -> Result:
+        """With who did it, and what it took until now."""
+        seconds = time.time() - self._started
+        return replace(
+            result,
+            started=self._started,
+            seconds=seconds,
+            device_seconds=(self._earlier or 0.0) + seconds,
+            timings=self._timings,
+            worker=self.name,
+            node=self.node,
+            attempts=attempt,
+            troubles=tuple(self._troubles),
+        )
 
     def _check_room(self, job: Job) -> None:
         """After a job that could not be written: would the outputs of this one find room?
@@ -178,10 +201,8 @@ class Worker:
         """
         if self._unsure:
             data = self.data
-            size = 4 * data.num_classes * (len(data.validation) + len(data.test))
-            probe = f"outputs/{job.id}.room"
-            self.folder.write(probe, bytes(size))
-            self.folder.remove(probe)
+            answers = len(data.validation) + len(data.test)
+            check_room(self.folder, f"outputs/{job.id}.npz", 4 * data.num_classes * answers)
             self._unsure = False
 
     def _trouble(self, job: Job, line: str) -> Note:
@@ -243,7 +264,7 @@ class Worker:
         packed = pack_child(model, spec, sub, masks)
         if packed:
             stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = _kept(model, body, masks if method.prunes else {})
+        kept = kept_fractions(model, body, masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
         return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
 
@@ -267,12 +288,13 @@ class Worker:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
         said: list[str] = []
-        start, images, self._earlier = load_checkpoint(
-            self.folder, job, model, optimizer, said.append
-        )
+        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer, said.append)
         for line in said:
             yield self._trouble(job, line)
+        if self._earlier is None:  # not where a diverged job starts again: that time is counted
+            self._earlier = earlier
         began, lost = time.time(), False
+        self._timings["spawn"] = began - self._started
         loop = supervised.train(
             self.parallel(model),
             self.batches(training.batch_size, seed, data),
@@ -287,7 +309,7 @@ class Worker:
             report = self.gather(local)
             images += report.images
             if self.primary and report.epoch < report.epochs:
-                seconds = self._earlier + time.time() - began
+                seconds = self._earlier + time.time() - self._started
                 try:
                     save_checkpoint(
                         self.folder, job, model, optimizer, report.epoch, images, seconds
@@ -298,6 +320,7 @@ class Worker:
                         why = str(error).split(";")[0]
                         yield self._trouble(job, f"no checkpoint: {why}; it goes on without")
             yield report
+        self._timings["train"] = time.time() - began
         return images
 
     # What differs when several workers share one job (`distributed/parent.py`).
@@ -320,7 +343,7 @@ class Worker:
         Raises:
             Diverged: an output is not finite.
         """
-        data = self.data
+        data, began = self.data, time.time()
         logits = {
             name: supervised.predict(model, split.images, data.preprocess)
             for name, split in (("validation", data.validation), ("test", data.test))
@@ -330,6 +353,7 @@ class Worker:
         outputs = self.folder.save_arrays(
             f"outputs/{job.id}.npz", {name: tensor.numpy() for name, tensor in logits.items()}
         )
+        self._timings["evaluate"] = time.time() - began
         probabilities = logits["validation"].double().softmax(1)
         labels = data.validation.labels.cpu()
         validation = {
@@ -353,6 +377,8 @@ class Worker:
 class SerialPool:
     """Every job in this process, in the order submitted: the debugger, the notebook, the oracle."""
 
+    faults: Sequence[Fault] = ()
+
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._queue: deque[Job] = deque()
@@ -366,16 +392,3 @@ class SerialPool:
     def reports(self) -> Iterator[Report]:
         while self._queue:
             yield from self._worker.run(self._queue.popleft())
-
-
-def _kept(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
-    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    kept = {}
-    for name, shape in body.parameters.items():
-        left = sizes.get(name, 0)
-        if name in masks and left == shape.numel():
-            left = int(masks[name].sum())
-        if left < shape.numel():
-            kept[name] = left / shape.numel()
-    return kept

@@ -19,6 +19,7 @@ from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
 from ray_subnets.spawning import (
     METHODS,
+    Anatomy,
     Subnetwork,
     anatomy,
     removable,
@@ -75,6 +76,17 @@ def stored_result(folder: RunFolder, job: Job, say: Say = lambda line: None) -> 
     except ValueError as error:
         say(f"{str(error).split(';')[0]}; {job.id} is done again")
     return None
+
+
+def check_room(folder: RunFolder, name: str, size: int) -> None:
+    """Could a file of `size` bytes be written now?
+
+    Raises:
+        WriteFailed: no.
+    """
+    probe = f"{name}.room"
+    folder.write(probe, bytes(size))
+    folder.remove(probe)
 
 
 def checkpoint_name(job: Job) -> str:
@@ -175,6 +187,19 @@ def pack_child(
         return weights
     packed = sparse.pack(weights, masks)
     return packed | sparse.pack_masks(masks) if _stores_masks(spec) else packed
+
+
+def kept_fractions(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
+    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    kept = {}
+    for name, shape in body.parameters.items():
+        left = sizes.get(name, 0)
+        if name in masks and left == shape.numel():
+            left = int(masks[name].sum())
+        if left < shape.numel():
+            kept[name] = left / shape.numel()
+    return kept
 
 
 def needs_parent(spec: ChildSpec, stored: Stored | None) -> bool:

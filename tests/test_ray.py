@@ -14,13 +14,14 @@ import ray
 from conftest import Command
 from tiny import TINY, equal, numbers, run_serial, tiny
 
-from ray_subnets import driver
+from ray_subnets import driver, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.distributed import cluster
 from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
-from ray_subnets.distributed.pool import RayPool, Share
+from ray_subnets.distributed.devices import Share
+from ray_subnets.distributed.pool import RayPool
 from ray_subnets.population import Report
 from ray_subnets.recipes import ChildResult, Epoch
 
@@ -90,6 +91,10 @@ def test_a_killed_actors_job_goes_on_elsewhere(
         pool.close()
     assert numbers(record) == numbers(long_serial)
     assert any(note.startswith(f"{victim}: its actor died (attempt 1)") for note in notes)
+    (fault,) = record["faults"]
+    assert (fault["id"], fault["what"], fault["attempt"]) == (victim, "its actor died", 1)
+    assert fault["node"] == record["parent"]["node"] == record["children"][0]["node"]
+    assert "handled on the way, no number changed by it: its actor died" in table.notes(record)
     tries = {child["id"]: child["attempts"] for child in record["children"]}
     tries["parent"] = record["parent"]["attempts"]
     assert tries.pop(victim) == 2
@@ -120,7 +125,7 @@ def test_a_job_that_always_kills_its_actor_is_given_up(
     finally:
         pool.close()
     lost = next(child for child in record["children"] if child["id"] == "sparse-000")
-    assert lost["error"] == "its actor died 2 times"
+    assert lost["error"] == "its actor failed 2 times; the last one died"
     assert not lost["selected"]
     others = {c["id"]: c["fitness"] for c in record["children"] if c["id"] != "sparse-000"}
     assert others == {

@@ -45,9 +45,12 @@ def numbers(record: Any) -> Any:
     moving = {
         "seconds",
         "start",
+        "timings",
         "worker",
+        "node",
         "attempts",
         "troubles",
+        "faults",
         "wall_seconds",
         "device_seconds",
         "environment",
