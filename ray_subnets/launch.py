@@ -46,7 +46,7 @@ out = Console()
 err = Console(stderr=True)
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run folder, e.g. runs/quickstart")
+    str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 Serial = Annotated[
@@ -72,7 +72,12 @@ def run(
         typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="PLACE",
+            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default runs/NAME",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
@@ -213,7 +218,7 @@ def _do(
             stack.enter_context(cluster.session(address))
         folder = make()
         cost = driver.prepare(config, data, folder)
-        events = Events(folder.root)
+        events = Events(folder, view.note)
         stack.callback(events.close)
         stack.enter_context(_interruptible(folder))
 
@@ -236,9 +241,9 @@ def _do(
                 watch=view.status,
                 growing=bool(address),
             )
-    page = report.write(folder)
     _show(record)
-    out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
+    page = report.write(folder)
+    out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
 
 
 def _serial_device(config: Config) -> str:
@@ -254,7 +259,7 @@ def _interruptible(folder: RunFolder) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         err.print(
-            f"Stopped. What was computed is kept: ray-subnets resume {folder.root}", soft_wrap=True
+            f"Stopped. What was computed is kept: ray-subnets resume {folder}", soft_wrap=True
         )
         raise typer.Exit(130) from None
 

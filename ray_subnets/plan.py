@@ -20,7 +20,6 @@ from ray_subnets.config import Config, ResourcesSection
 from ray_subnets.data import Data
 from ray_subnets.flat import flat_bytes
 from ray_subnets.flops import Cost, training_flops
-from ray_subnets.population import kept_of
 from ray_subnets.recipes import ChildSpec, Fit, Training
 from ray_subnets.spawning import (
     METHODS,
@@ -30,7 +29,7 @@ from ray_subnets.spawning import (
     subnetwork,
     without_removed,
 )
-from ray_subnets.stored import pack_child
+from ray_subnets.stored import kept_fractions, pack_child
 from ray_subnets.streaming import ImageFiles
 
 _ARRAY = 330  # bytes that an .npz file takes for each array beside its values
@@ -264,7 +263,7 @@ def _child(config: Config, data: Data, cost: Cost, spec: ChildSpec) -> tuple[int
     dense = _state_bytes(model, spec.training)
     model = without_removed(model, spec, sub, body)
     packed = pack_child(model, spec, sub, sub.masks)
-    kept = kept_of(model, body, sub.masks)
+    kept = kept_fractions(model, body, sub.masks)
     state = dense if anneals(spec) else _state_bytes(model, spec.training)
     return (_file_bytes(packed) if packed else 0), state, cost.nonzero(kept)
 

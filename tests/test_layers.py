@@ -24,6 +24,7 @@ FLOORS = [
     ],
     ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
+    ["storage"],
     ["checkpoints"],
     ["stored"],
     ["population", "summary", "groups"],

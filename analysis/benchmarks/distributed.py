@@ -33,7 +33,8 @@ from ray_subnets import configfile, driver, models
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.flat import flatten
-from ray_subnets.recipes import Epoch, Result
+from ray_subnets.population import Report
+from ray_subnets.recipes import Epoch
 
 TRAIN, TEST = 10_000, 10_000
 PARTS = ("pool", "whole", "memory")
@@ -167,7 +168,7 @@ def whole(data: Path, scratch: Path, child_seconds: float, children: int, consol
     cost = driver.prepare(config, arrays, folder)
     first_steps: list[float] = []
 
-    def listen(report: Epoch | Result) -> None:
+    def listen(report: Report) -> None:
         if isinstance(report, Epoch) and report.id != "parent" and not first_steps:
             first_steps.append(time.time() - report.seconds)
 
