@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,6 +151,7 @@ def run(
         )
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
+        record["faults"] = [asdict(fault) for fault in pool.faults]
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {
