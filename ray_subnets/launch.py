@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
     sys.exit(launch.main())
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +46,20 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+MORE = """More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run fashion_mnist_sparse seed=1
+and -- --help for everything else."""
+
+
+def _on_head() -> bool:
+    """Is this machine the head of a cluster that `ray up` made? Its own file lies there then."""
+    return (Path.home() / "ray_bootstrap_config.yaml").is_file()
+
+
+def _address(given: str | None) -> str | None:
+    """Beside the Ray that a head has already, a second one would be a mistake."""
+    return given or ("auto" if _on_head() else None)
+
+
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="a run folder, e.g. runs/quickstart")
 ]
@@ -57,7 +72,9 @@ Address = Annotated[
     typer.Option(
         metavar="ADDRESS",
         envvar="RAY_ADDRESS",
-        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001); default: start Ray here",
+        callback=_address,
+        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001), or local to start Ray here; "
+        "default: local, but auto on the head of a cluster made by ray up",
     ),
 ]
 
@@ -72,7 +89,7 @@ def run(
         typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")
+        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME, or RAY_SUBNETS_RUNS/NAME")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
@@ -89,7 +106,7 @@ def run(
     from ray_subnets.checkpoints import RunFolder
 
     settings = configfile.load(config, overrides or [])
-    target = folder or f"runs/{settings.name}"
+    target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     RunFolder.check_free(target, overwrite=overwrite)
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
 
@@ -155,11 +172,12 @@ def _do(
     from ray_subnets.population import SerialPool, Worker
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    joins = address not in (None, "local")
     data = driver.load_data(config)
     driver.build(config, data)
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
-            view.note("starting Ray" if not address else f"joining Ray at {address}")
+            view.note(f"joining Ray at {address}" if joins else "starting Ray")
             from ray_subnets.distributed import cluster
             from ray_subnets.distributed import run as ray_run
 
@@ -187,11 +205,14 @@ def _do(
                 listen=listen,
                 notify=view.note,
                 watch=view.status,
-                growing=bool(address),
+                growing=joins,
             )
     page = report.write(folder)
     _show(record)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
+    if _on_head():
+        there, here = f"{folder.root}/", f"runs/{folder.root.name}/"
+        out.print(f"Fetch it: ray rsync-down CLUSTER.yaml {there} {here}", soft_wrap=True)
 
 
 def _serial_device(config: Config) -> str:
@@ -251,12 +272,16 @@ def report(run: RunArgument) -> None:
 
 def main() -> int:
     """Run the command line. The user's mistakes are one line and exit code 2."""
-    if len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py":
-        # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it.
+    bare = len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py"
+    if bare:  # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it
         sys.argv += ["run", "quickstart", "--overwrite"]
-        err.print("No command given: running the quickstart. More: launch.py --help")
+        err.print("No command given: running the quickstart.")
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        if bare and not end.code:
+            out.print(MORE, highlight=False, soft_wrap=True)
+        raise
     except ValueError as error:
         err.print(
             f"ray-subnets: {error}", style="red", highlight=False, soft_wrap=True, markup=False

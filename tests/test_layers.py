@@ -33,7 +33,7 @@ FLOORS = [
     ["table", "figures", "evaluation", "events", "progress"],
     ["report"],
     ["distributed", "distributed.cluster", "distributed.selection", "distributed.devices"],
-    ["distributed.instruments"],
+    ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool"],
     ["distributed.run"],
