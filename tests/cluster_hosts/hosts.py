@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -111,9 +112,12 @@ class Hosts:
         raise RuntimeError(f"{ip}: no sshd after 30 s\n{logs}")
 
     def ssh(self, ip: str, command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host, in the shell that a person would get there."""
+        """Run a command on a host, in the shell that the launcher opens there."""
         return subprocess.run(
-            [*SSH, "-i", str(self.key), f"root@{ip}", f"bash -lic {_quoted(command)}"],
+            [
+                *[*SSH, "-i", str(self.key), f"root@{ip}"],
+                f"bash --login -c -i {shlex.quote(f'source ~/.bashrc; {command}')}",
+            ],
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -129,10 +133,6 @@ class Hosts:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)
             sh("ip", "netns", "del", name, check=False)
+            sh("ip", "link", "del", name, check=False)  # goes by itself, but later
         sh("ip", "link", "del", self._tag, check=False)
 
-
-def _quoted(command: str) -> str:
-    import shlex
-
-    return shlex.quote(command)
