@@ -89,7 +89,10 @@ def run(
         typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME, or RAY_SUBNETS_RUNS/NAME")
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR", help="run folder; default: NAME in RAY_SUBNETS_RUNS, or in runs"
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")

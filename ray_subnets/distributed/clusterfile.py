@@ -45,8 +45,8 @@ PROVIDERS: Mapping[str, Names] = {
 # RunInstances of the EC2 API, and Instance of the Compute Engine API with what we use of it.
 NODES: Mapping[str, Names] = {
     "aws": _names(
-        "AdditionalInfo CapacityReservationSpecification ClientToken CpuOptions CreditSpecification "
-        "DisableApiStop DisableApiTermination EbsOptimized EnablePrimaryIpv6 EnclaveOptions "
+        "AdditionalInfo CapacityReservationSpecification ClientToken CpuOptions "
+        "CreditSpecification DisableApiStop DisableApiTermination EbsOptimized EnablePrimaryIpv6 EnclaveOptions "
         "HibernationOptions ImageId InstanceInitiatedShutdownBehavior InstanceType "
         "Ipv6AddressCount Ipv6Addresses KernelId KeyName LaunchTemplate LicenseSpecifications "
         "MaintenanceOptions MetadataOptions Monitoring NetworkInterfaces NetworkPerformanceOptions "

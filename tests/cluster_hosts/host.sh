@@ -38,7 +38,11 @@ chmod 700 "$HOME" "$HOME/.ssh"
 mv /tmp/id.pub "$HOME/.ssh/authorized_keys"
 mv /tmp/hostkey /run/sshd/hostkey
 chmod 600 "$HOME/.ssh/authorized_keys" /run/sshd/hostkey
-touch "$HOME/.bashrc"
+# A machine of one core. Ray gives its workers a low priority, within all of this machine: on a busy
+# one they would not get on.
+cat > "$HOME/.bashrc" <<'END'
+export RAY_OVERRIDE_RESOURCES='{"CPU":1}' RAY_worker_niceness=0
+END
 exec env -i HOME="$HOME" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     /usr/sbin/sshd -D -e -h /run/sshd/hostkey -o UsePAM=no -o PidFile=none -o StrictModes=no \
     -o PermitRootLogin=yes -o PasswordAuthentication=no

@@ -135,4 +135,3 @@ class Hosts:
             sh("ip", "netns", "del", name, check=False)
             sh("ip", "link", "del", name, check=False)  # goes by itself, but later
         sh("ip", "link", "del", self._tag, check=False)
-
