@@ -46,12 +46,13 @@ PROVIDERS: Mapping[str, Names] = {
 NODES: Mapping[str, Names] = {
     "aws": _names(
         "AdditionalInfo CapacityReservationSpecification ClientToken CpuOptions "
-        "CreditSpecification DisableApiStop DisableApiTermination EbsOptimized EnablePrimaryIpv6 EnclaveOptions "
-        "HibernationOptions ImageId InstanceInitiatedShutdownBehavior InstanceType "
-        "Ipv6AddressCount Ipv6Addresses KernelId KeyName LaunchTemplate LicenseSpecifications "
-        "MaintenanceOptions MetadataOptions Monitoring NetworkInterfaces NetworkPerformanceOptions "
-        "Placement PrivateDnsNameOptions PrivateIpAddress RamdiskId SecurityGroupIds "
-        "SecurityGroups SubnetId SubnetIds TagSpecifications UserData",
+        "CreditSpecification DisableApiStop DisableApiTermination EbsOptimized "
+        "EnablePrimaryIpv6 EnclaveOptions HibernationOptions ImageId "
+        "InstanceInitiatedShutdownBehavior InstanceType Ipv6AddressCount Ipv6Addresses KernelId "
+        "KeyName LaunchTemplate LicenseSpecifications MaintenanceOptions MetadataOptions "
+        "Monitoring NetworkInterfaces NetworkPerformanceOptions Placement PrivateDnsNameOptions "
+        "PrivateIpAddress RamdiskId SecurityGroupIds SecurityGroups SubnetId SubnetIds "
+        "TagSpecifications UserData",
         BlockDeviceMappings=_names(
             "DeviceName NoDevice VirtualName",
             Ebs=_names(

@@ -22,6 +22,13 @@ def here() -> str:
     return f"{ray.util.get_node_ip_address()}/{node[:8]}"
 
 
+def has_gpus() -> bool:
+    """Has the cluster any, or may its autoscaler start nodes that have?"""
+    # None without an autoscaler. Ray offers it to its own libraries only.
+    could = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get("GPU", 0), could.get("GPU", 0)) > 0
+
+
 @dataclass(frozen=True)
 class Share:
     """What one actor owns."""
@@ -40,7 +47,7 @@ class Share:
         gpus = resources.gpus_per_actor
         cluster = ray.cluster_resources()
         if gpus is None:
-            gpus = 1.0 if cluster.get("GPU", 0) else 0.0
+            gpus = 1.0 if has_gpus() else 0.0
         share = Share(resources.cpus_per_actor, gpus)
         if not any(share.on(node["Resources"]) for node in alive().values()) and not growing:
             raise ValueError(
