@@ -215,7 +215,8 @@ def _do(
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
     if _on_head():
         there, here = f"{folder.root}/", f"runs/{folder.root.name}/"
-        out.print(f"Fetch it: ray rsync-down CLUSTER.yaml {there} {here}", soft_wrap=True)
+        line = f"Fetch it: ray rsync-down CLUSTER.yaml {there} {here}"
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _serial_device(config: Config) -> str:
