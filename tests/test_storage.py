@@ -49,7 +49,7 @@ def test_a_folder_of_any_kind(root: str) -> None:
     """The same calls do the same everywhere."""
     folder = RunFolder.create(root)
     assert folder.name == "run"
-    with pytest.raises(ValueError, match="no such folder|not a run folder"):
+    with pytest.raises(ValueError, match=r"no such folder|not a run folder"):
         RunFolder.open(root)
     stored = folder.write("children/a.bin", b"old")
     assert folder.write("children/a.bin", b"new" * 10**6).sha256 != stored.sha256
@@ -66,12 +66,12 @@ def test_a_folder_of_any_kind(root: str) -> None:
     assert not folder.exists("children/a.bin")
     folder.write("config.yaml", b"name: a")
     assert RunFolder.open(root).read("config.yaml") == b"name: a"
-    with pytest.raises(ValueError, match="already used.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already used.*--overwrite"):
         RunFolder.create(root)
     again = RunFolder.create(root, overwrite=True)
     assert not again.exists("config.yaml")
     again.write("mine.txt", b"years of work")
-    with pytest.raises(ValueError, match="not a run folder.*nothing was deleted"):
+    with pytest.raises(ValueError, match=r"not a run folder.*nothing was deleted"):
         RunFolder.create(root, overwrite=True)
     parent, name = root.rsplit("/", 1)
     assert runs(parent, name) == []
@@ -110,7 +110,7 @@ def test_a_bad_address_is_one_line(s3: Server, uri: str, says: str) -> None:
 
 def test_access_denied_is_one_line(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(ValueError, match="access denied.*AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
+    with pytest.raises(ValueError, match=r"access denied.*AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
         RunFolder.check_free(f"s3://{BUCKET}/denied")
     with pytest.raises(WriteFailed, match=r"denied/a: cannot be written \(access denied"):
         RunFolder(f"s3://{BUCKET}/denied").write("a", b"")
@@ -135,7 +135,7 @@ def test_a_server_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     began = time.monotonic()
-    with pytest.raises(ValueError, match="the server does not answer.*AWS_ENDPOINT_URL"):
+    with pytest.raises(ValueError, match=r"the server does not answer.*AWS_ENDPOINT_URL"):
         RunFolder.check_free(f"s3://{BUCKET}/run")
     assert time.monotonic() - began < 30
 
