@@ -19,13 +19,15 @@ from ray_subnets.distributed.local_cluster import LocalCluster
 from ray_subnets.population import Report
 from ray_subnets.recipes import Epoch, Result, Status
 
+Setting = tuple[LocalCluster, Path, Path, Any]
+
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
 def stage(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[LocalCluster, Path, Path, Any]]:
+) -> Iterator[Setting]:
     """A cluster of three nodes, the folder of faults, one for runs, and the unbroken numbers."""
     scratch = tmp_path_factory.mktemp("chaos")
     expected = chaos.reference(scratch / "reference")
@@ -40,9 +42,7 @@ def stage(
 
 
 @pytest.mark.parametrize("scenario", chaos.SCENARIOS, ids=lambda scenario: scenario.kind)
-def test_the_numbers_are_those_of_an_unbroken_run(
-    scenario: chaos.Scenario, stage: tuple[LocalCluster, Path, Path, Any]
-) -> None:
+def test_the_numbers_are_those_of_an_unbroken_run(scenario: chaos.Scenario, stage: Setting) -> None:
     cluster, faults, scratch, expected = stage
     out = scratch / scenario.kind.replace(" ", "-")
     outcome = chaos.play(scenario, cluster, faults, out, expected)

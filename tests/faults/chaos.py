@@ -26,12 +26,14 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-if __name__ == "__main__":
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_ADDRESS", None)
+# At Ray's 15 anything else on the machine starves the workers.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
+import psutil
 from tiny import numbers
+
+from ray_subnets.distributed.local_cluster import LocalCluster, local_cluster
 
 COMMAND = [sys.executable, "-m", "ray_subnets.launch"]
 LIMIT = 600.0  # seconds for one scenario
