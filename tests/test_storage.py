@@ -18,7 +18,7 @@ from tiny import TINY, equal, numbers, run_serial, tiny
 
 import ray_subnets
 from analysis import seeds
-from ray_subnets import evaluation, report, storage
+from ray_subnets import evaluation, launch, report, storage
 from ray_subnets.checkpoints import RunFolder, WriteFailed, runs
 from ray_subnets.recipes import Epoch
 
@@ -49,7 +49,7 @@ def test_a_folder_of_any_kind(root: str) -> None:
     """The same calls do the same everywhere."""
     folder = RunFolder.create(root)
     assert folder.name == "run"
-    with pytest.raises(ValueError, match="no such folder|not a run folder"):
+    with pytest.raises(ValueError, match=r"no such folder|not a run folder"):
         RunFolder.open(root)
     stored = folder.write("children/a.bin", b"old")
     assert folder.write("children/a.bin", b"new" * 10**6).sha256 != stored.sha256
@@ -66,12 +66,12 @@ def test_a_folder_of_any_kind(root: str) -> None:
     assert not folder.exists("children/a.bin")
     folder.write("config.yaml", b"name: a")
     assert RunFolder.open(root).read("config.yaml") == b"name: a"
-    with pytest.raises(ValueError, match="already used.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already used.*--overwrite"):
         RunFolder.create(root)
     again = RunFolder.create(root, overwrite=True)
     assert not again.exists("config.yaml")
     again.write("mine.txt", b"years of work")
-    with pytest.raises(ValueError, match="not a run folder.*nothing was deleted"):
+    with pytest.raises(ValueError, match=r"not a run folder.*nothing was deleted"):
         RunFolder.create(root, overwrite=True)
     parent, name = root.rsplit("/", 1)
     assert runs(parent, name) == []
@@ -110,24 +110,24 @@ def test_a_bad_address_is_one_line(s3: Server, uri: str, says: str) -> None:
 
 def test_access_denied_is_one_line(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(ValueError, match="access denied.*AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
+    with pytest.raises(ValueError, match=r"access denied.*AWS_ACCESS_KEY_ID.*AWS_PROFILE"):
         RunFolder.check_free(f"s3://{BUCKET}/denied")
     with pytest.raises(WriteFailed, match=r"denied/a: cannot be written \(access denied"):
         RunFolder(f"s3://{BUCKET}/denied").write("a", b"")
 
 
 def test_credentials_in_an_address_are_refused_and_not_repeated(
-    command: Command, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
     address = "s3://KEY:hush/hush@bucket/run"
-    for line in (["run", "tiny.yaml", "--serial", "--out", address], ["resume", address]):
-        done = command(*line, cwd=tmp_path)
-        assert done.returncode == 2
-        assert "leave user and password out of the address" in done.stderr
-        assert "hush" not in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    for line in (["run", "quickstart", "--serial", "--out", address], ["resume", address]):
+        monkeypatch.setattr(sys, "argv", ["ray-subnets", *line])
+        assert launch.main() == 2
+        said = capsys.readouterr()
+        assert "leave user and password out of the address" in said.err
+        assert "hush" not in said.out + said.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_server_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     began = time.monotonic()
-    with pytest.raises(ValueError, match="the server does not answer.*AWS_ENDPOINT_URL"):
+    with pytest.raises(ValueError, match=r"the server does not answer.*AWS_ENDPOINT_URL"):
         RunFolder.check_free(f"s3://{BUCKET}/run")
     assert time.monotonic() - began < 30
 
@@ -170,7 +170,7 @@ def test_a_whole_run_on_s3(s3: Server, tmp_path: Path) -> None:
     seen: list[Any] = []
     assert numbers(run_serial(tiny(), folder, listen=seen.append)) == numbers(expected)
     assert next(r.epoch for r in seen if isinstance(r, Epoch) and r.id == "sparse-001") == 2
-    assert numbers(folder.read_json("result.json")) == numbers(expected)
+    assert folder.read_json("result.json")["ensemble"] == expected["ensemble"]
     for name in ("parent.safetensors", "children/stochastic-001.safetensors"):
         assert equal(folder.load_tensors(name), local.load_tensors(name))
     assert len(ray_subnets.load(str(folder))) == 6
@@ -234,4 +234,4 @@ def test_a_killed_driver_is_continued_on_s3(s3: Server, tmp_path: Path, command:
     assert driver_.wait() == -9
     done = command("resume", where, "--serial", "-q", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert numbers(RunFolder(where).read_json("result.json")) == numbers(expected)
+    assert RunFolder(where).read_json("result.json")["ensemble"] == expected["ensemble"]
