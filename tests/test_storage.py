@@ -153,6 +153,7 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
         assert time.monotonic() - began < 120
 
 
+@pytest.mark.cluster
 def test_a_whole_run_on_s3(s3: Server, tmp_path: Path) -> None:
     """Run, stop, resume, load, evaluate, report: the numbers of a local run."""
     local = RunFolder.create(tmp_path / "run")
