@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
     sys.exit(launch.main())
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +46,20 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+MORE = """More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run fashion_mnist_sparse seed=1
+and -- --help for everything else."""
+
+
+def _on_head() -> bool:
+    """Is this machine the head of a cluster that `ray up` made? Its own file lies there then."""
+    return (Path.home() / "ray_bootstrap_config.yaml").is_file()
+
+
+def _address(given: str | None) -> str | None:
+    """Beside the Ray that a head has already, a second one would be a mistake."""
+    return given or ("auto" if _on_head() else None)
+
+
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
 ]
@@ -57,7 +72,9 @@ Address = Annotated[
     typer.Option(
         metavar="ADDRESS",
         envvar="RAY_ADDRESS",
-        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001); default: start Ray here",
+        callback=_address,
+        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001), or local to start Ray here; "
+        "default: local, but auto on the head of a cluster made by ray up",
     ),
 ]
 
@@ -76,7 +93,8 @@ def run(
         typer.Option(
             "--out",
             metavar="PLACE",
-            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default runs/NAME",
+            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default: NAME in "
+            "RAY_SUBNETS_RUNS, or in runs",
         ),
     ] = None,
     overwrite: Annotated[
@@ -101,7 +119,7 @@ def run(
     from ray_subnets.checkpoints import RunFolder
 
     settings = configfile.load(config, overrides or [])
-    target = folder or f"runs/{settings.name}"
+    target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     if plan:
         return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
@@ -110,7 +128,6 @@ def run(
 
 def _plan(config: Config, target: str, serial: bool, address: str | None) -> None:
     """Print a plan; exit code 1 if the run could not begin."""
-    import os
     import shutil
 
     import torch
@@ -124,10 +141,11 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     data = driver.load_data(config)
     cost = forward_cost(driver.build(config, data), data.input_shape)
     nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
-    if address and not serial:
+    joined = _address(address)
+    if joined and not serial:
         from ray_subnets.distributed import cluster, devices
 
-        with cluster.session(address):
+        with cluster.session(joined):
             nodes = devices.nodes()
     free = None
     if "://" not in target:
@@ -208,11 +226,12 @@ def _do(
     from ray_subnets.population import SerialPool, Worker
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    joins = address not in (None, "local")
     data = driver.load_data(config)
     driver.build(config, data)
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
-            view.note("starting Ray" if not address else f"joining Ray at {address}")
+            view.note(f"joining Ray at {address}" if joins else "starting Ray")
             from ray_subnets.distributed import cluster
             from ray_subnets.distributed import run as ray_run
 
@@ -240,11 +259,14 @@ def _do(
                 listen=listen,
                 notify=view.note,
                 watch=view.status,
-                growing=bool(address),
+                growing=joins,
             )
     _show(record)
     page = report.write(folder)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
+    if _on_head() and "://" not in str(folder):
+        line = f"Fetch it: ray rsync-down CLUSTER.yaml {folder}/ runs/{folder.name}/"
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _serial_device(config: Config) -> str:
@@ -304,12 +326,16 @@ def report(run: RunArgument) -> None:
 
 def main() -> int:
     """Run the command line. The user's mistakes are one line and exit code 2."""
-    if len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py":
-        # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it.
+    bare = len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py"
+    if bare:  # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it
         sys.argv += ["run", "quickstart", "--overwrite"]
-        err.print("No command given: running the quickstart. More: launch.py --help")
+        err.print("No command given: running the quickstart.")
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        if bare and not end.code:
+            out.print(MORE, highlight=False, soft_wrap=True)
+        raise
     except ValueError as error:
         err.print(
             f"ray-subnets: {error}", style="red", highlight=False, soft_wrap=True, markup=False

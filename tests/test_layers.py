@@ -42,7 +42,7 @@ FLOORS = [
         "distributed.selection",
         "distributed.devices",
     ],
-    ["distributed.instruments"],
+    ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run"],
