@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import metrics, models, sparse, supervised
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
-from ray_subnets.masks import Masks
 from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
@@ -31,6 +31,7 @@ from ray_subnets.recipes import (
     Fault,
     Fit,
     Job,
+    Note,
     Result,
     Stored,
     Training,
@@ -48,7 +49,9 @@ from ray_subnets.spawning import (
     without_removed,
 )
 from ray_subnets.stored import (
+    check_room,
     checkpoint_name,
+    kept_fractions,
     load_checkpoint,
     pack_child,
     save_checkpoint,
@@ -57,7 +60,7 @@ from ray_subnets.stored import (
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
-Report = Epoch | Result
+Report = Epoch | Note | Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,8 @@ class Worker:
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
+        self._troubles: list[str] = []  # of the job at hand
+        self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         self.node = node or socket.gethostname()
         if self.device.type == "cuda":
@@ -129,42 +134,80 @@ class Worker:
 
         Goes on from the job's last checkpoint if there is one. A job that diverges is done once
         more from there: numbers that are not finite again are the recipe's doing, others were
-        the machine's. A child that diverges gives a result with an error; so does the single
-        model. A diverging parent raises `Diverged`.
+        the machine's. A child that diverges gives a result with an error, and so does one that
+        cannot be written; so does the single model. What could not be written is not in the
+        folder, and is done when the run is resumed.
+
+        Raises:
+            ValueError: the parent diverged, or could not be written.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         self._started, self._earlier, self._timings = time.time(), None, {}
+        self._troubles = []
         try:
             try:
-                try:
-                    result = yield from self._run(job)
-                except Diverged as error:
-                    once = f"done again from the last checkpoint, since {error}"
-                    result = yield from self._run(job)
-                    result = replace(result, notes=(*result.notes, once))
-            except Diverged as error:
+                self._check_room(job)
+                result = self._signed((yield from self._run_twice(job)), attempt)
+                if self.primary:
+                    store_result(self.folder, result)
+            except (Diverged, WriteFailed) as error:
                 if job.id == "parent":
                     raise
                 kind = ChildResult if isinstance(job, ChildSpec) else Result
-                result = kind(id=job.id, error=str(error))
-            seconds = time.time() - self._started
-            result = replace(
-                result,
-                started=self._started,
-                seconds=seconds,
-                device_seconds=(self._earlier or 0.0) + seconds,
-                timings=self._timings,
-                worker=self.name,
-                node=self.node,
-                attempts=attempt,
-            )
-            if self.primary:
-                store_result(self.folder, result)
-                self.folder.remove(checkpoint_name(job))
+                self._unsure = isinstance(error, WriteFailed)
+                result = self._signed(kind(id=job.id, error=str(error)), attempt)
+                if not self._unsure:
+                    with suppress(WriteFailed):  # it will be found to diverge again
+                        store_result(self.folder, result)
+            if self.primary and not self._unsure:
+                with suppress(WriteFailed):  # a checkpoint that stays takes space, no more
+                    self.folder.remove(checkpoint_name(job))
             yield result
         finally:
             torch.set_num_threads(threads)
+
+    def _run_twice(self, job: Job) -> Generator[Epoch | Note, None, Result]:
+        """`_run`, once more if it diverges."""
+        try:
+            return (yield from self._run(job))
+        except Diverged as error:
+            once = f"done again from the last checkpoint, since {error}"
+            result = yield from self._run(job)
+            return replace(result, notes=(*result.notes, once))
+
+    def _signed(self, result: Result, attempt: int) -> Result:
+        """With who did it, and what it took until now."""
+        seconds = time.time() - self._started
+        return replace(
+            result,
+            started=self._started,
+            seconds=seconds,
+            device_seconds=(self._earlier or 0.0) + seconds,
+            timings=self._timings,
+            worker=self.name,
+            node=self.node,
+            attempts=attempt,
+            troubles=tuple(self._troubles),
+        )
+
+    def _check_room(self, job: Job) -> None:
+        """After a job that could not be written: would the outputs of this one find room?
+
+        Asked before hours are spent on it.
+
+        Raises:
+            WriteFailed: no.
+        """
+        if self._unsure:
+            data = self.data
+            answers = len(data.validation) + len(data.test)
+            check_room(self.folder, f"outputs/{job.id}.npz", 4 * data.num_classes * answers)
+            self._unsure = False
+
+    def _trouble(self, job: Job, line: str) -> Note:
+        self._troubles.append(line)
+        return Note(job.id, line)
 
     def build(self, seed: int) -> nn.Module:
         """The run's network with initial weights drawn from `seed`, on this device."""
@@ -179,7 +222,7 @@ class Worker:
         )
         return model.to(self.device)
 
-    def _run(self, job: Job) -> Generator[Epoch, None, Result]:
+    def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
@@ -191,7 +234,7 @@ class Worker:
         assert self.parent, "a child was submitted before its parent was shared"
         return (yield from self._run_child(job))
 
-    def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
+    def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
         model = self.build(seed=0)
         body = self.anatomy(model, spec)
         child = spawn_weights(self.parent, body, spec)
@@ -221,7 +264,7 @@ class Worker:
         packed = pack_child(model, spec, sub, masks)
         if packed:
             stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = _kept(model, body, masks if method.prunes else {})
+        kept = kept_fractions(model, body, masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
         return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
 
@@ -241,13 +284,16 @@ class Worker:
         *,
         data: Data | None = None,
         topology: Topology | None = None,
-    ) -> Generator[Epoch, None, int]:
+    ) -> Generator[Epoch | Note, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
-        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer)
+        said: list[str] = []
+        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer, said.append)
+        for line in said:
+            yield self._trouble(job, line)
         if self._earlier is None:  # not where a diverged job starts again: that time is counted
             self._earlier = earlier
-        began = time.time()
+        began, lost = time.time(), False
         self._timings["spawn"] = began - self._started
         loop = supervised.train(
             self.parallel(model),
@@ -264,7 +310,15 @@ class Worker:
             images += report.images
             if self.primary and report.epoch < report.epochs:
                 seconds = self._earlier + time.time() - self._started
-                save_checkpoint(self.folder, job, model, optimizer, report.epoch, images, seconds)
+                try:
+                    save_checkpoint(
+                        self.folder, job, model, optimizer, report.epoch, images, seconds
+                    )
+                except WriteFailed as error:  # the next may find room; training loses nothing
+                    if not lost:
+                        lost = True
+                        why = str(error).split(";")[0]
+                        yield self._trouble(job, f"no checkpoint: {why}; it goes on without")
             yield report
         self._timings["train"] = time.time() - began
         return images
@@ -338,16 +392,3 @@ class SerialPool:
     def reports(self) -> Iterator[Report]:
         while self._queue:
             yield from self._worker.run(self._queue.popleft())
-
-
-def _kept(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
-    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    kept = {}
-    for name, shape in body.parameters.items():
-        left = sizes.get(name, 0)
-        if name in masks and left == shape.numel():
-            left = int(masks[name].sum())
-        if left < shape.numel():
-            kept[name] = left / shape.numel()
-    return kept

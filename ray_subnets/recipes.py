@@ -177,6 +177,14 @@ class Epoch:
     """wall time of the epoch"""
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something happened to a job that a person should know; the job goes on."""
+
+    id: str
+    line: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A file in the run folder and the SHA-256 of its bytes."""
@@ -219,6 +227,8 @@ class Result:
     """weight -> fraction of it that is left; weights that are whole are left out"""
     notes: tuple[str, ...] = ()
     """what a user should know of this network: one line each"""
+    troubles: tuple[str, ...] = ()
+    """what went wrong on the way and was mended: the network is the same without it"""
     error: str | None = None
     """why there is no network: one line"""
 
