@@ -28,11 +28,20 @@ from ray_subnets.population import (
     Report,
     Task,
 )
-from ray_subnets.recipes import ChildResult, ChildSpec, Fit, Job, Result, Stored
+from ray_subnets.recipes import (
+    ChildResult,
+    ChildSpec,
+    Fit,
+    Job,
+    Result,
+    SolveResult,
+    Stored,
+)
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import load_weights, needs_parent, restore, stored_result
 from ray_subnets.summary import LABELS, load_outputs, summarise
+from ray_subnets.trust_region import check_target
 
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
@@ -62,6 +71,8 @@ def build(config: Config, data: Data) -> nn.Module:
         seed=0,
         channels_last=config.resources.channels_last,
     )
+    for job in config.solve_jobs():
+        check_target(job.kl_target, data.num_classes)
     seen = set()
     for spec in config.specs():
         key = (spec.mask_classifier, spec.structure if spec.structure in KINDS else "weight")
@@ -78,6 +89,7 @@ def jobs(config: Config) -> list[Job]:
         config.parent_job(),
         *([single] if single else []),
         *config.singles_jobs(),
+        *config.solve_jobs(),
         *config.specs(),
     ]
 
@@ -127,7 +139,7 @@ def run(
     torch.set_num_threads(config.resources.threads)
     try:
         results = _work(config, folder, pool, listen)
-        specs = config.specs()
+        specs = config.specs(results)
         decisions = (choose or _choose(config))({spec.id: results[spec.id] for spec in specs})
         trace = None
         if config.select.method == "greedy":
@@ -135,7 +147,7 @@ def run(
             decisions = joined(decisions, trace)
         if not any(decision.selected for decision in decisions):
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
-        _write_members(config, data, folder, results, decisions)
+        _write_members(config, data, folder, specs, results, decisions)
         start = min(result.started for result in results.values())
         record = summarise(
             folder,
@@ -150,6 +162,8 @@ def run(
         )
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
+        if config.solve_jobs():
+            record["trust_region"] = _trust_region(config, data, results)
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {
@@ -164,9 +178,11 @@ def run(
 def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> dict[str, Result]:
     """Run parent, single model and children; finished ones are read from the folder."""
     results: dict[str, Result] = {}
-    specs = config.specs()
+    solved = {job.id for job in config.solve_jobs()}
+    submitted: set[str] = set()
 
     def submit(job: Job) -> None:
+        submitted.add(job.id)
         known = stored_result(folder, job)
         if known is not None:
             results[job.id] = known
@@ -178,6 +194,13 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
         stored = results["parent"].weights
         assert stored
         pool.share(flatten(folder.load_tensors(stored)))
+        for job in config.solve_jobs():  # first: others wait for them
+            submit(job)
+        spawn_solved()
+
+    def spawn_solved() -> None:
+        """Submit the children whose recipes are whole."""
+        specs = [s for s in config.specs(results) if s.solved and s.id not in submitted]
         # Longest first, so that the last child to finish is a short one.
         for spec in sorted(specs, key=lambda spec: (-spec.epochs, spec.id)):
             submit(spec)
@@ -194,6 +217,10 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
             results[report.id] = report
             if report.id == "parent":
                 spawn_children()
+            elif report.id in solved:
+                if report.error:
+                    raise ValueError(f"{report.id}: {report.error}")
+                spawn_solved()
     return results
 
 
@@ -234,6 +261,29 @@ def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[De
         by=by,
         errors={id: r.error for id, r in results.items() if r.error},
     )
+
+
+def _trust_region(
+    config: Config, data: Data, results: Mapping[str, Result]
+) -> list[dict[str, Any]]:
+    """For `result.json`: the noise that was solved for, and how well it meets its target."""
+    lines = []
+    for job in config.solve_jobs():
+        found = results[job.id]
+        assert isinstance(found, SolveResult)
+        lines.append(
+            {
+                "group": job.draws[0].label,
+                "kl_target": job.kl_target,
+                "sigma": found.sigma,
+                "sigmas": list(found.sigmas),
+                **found.divergence,
+                "samples": min(job.samples, len(data.validation)),
+                "passes": found.passes,
+                "seconds": found.seconds,
+            }
+        )
+    return lines
 
 
 def _describe_data(data: Data) -> dict[str, Any]:
@@ -280,6 +330,7 @@ def _write_members(
     config: Config,
     data: Data,
     folder: RunFolder,
+    specs: Sequence[ChildSpec],
     results: Mapping[str, Result],
     decisions: Sequence[Decision],
 ) -> None:
@@ -288,7 +339,7 @@ def _write_members(
     parent = results["parent"].weights
     assert parent
     members = []
-    for spec in config.specs():
+    for spec in specs:
         if spec.id in selected:
             result = results[spec.id]
             share = share_of(result.validation, config.select.by)

@@ -216,6 +216,8 @@ def _show(record: dict[str, Any]) -> None:
 
     out.print(table.table(record))
     out.print(table.LEGEND, style="dim", highlight=False)
+    for line in table.trust_text(record):
+        out.print(line, highlight=False)
     for line in table.notes(record):
         out.print(f"Note: {line}", style="yellow", highlight=False, markup=False)
     out.print(table.verdict(record), highlight=False)

@@ -13,13 +13,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import metrics, models, sparse, supervised
+from ray_subnets import metrics, models, sparse, supervised, trust_region
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
@@ -31,6 +31,8 @@ from ray_subnets.recipes import (
     Fit,
     Job,
     Result,
+    Solve,
+    SolveResult,
     Stored,
     Training,
     derive,
@@ -48,6 +50,7 @@ from ray_subnets.spawning import (
 )
 from ray_subnets.stored import (
     checkpoint_name,
+    kind_of,
     load_checkpoint,
     pack_child,
     save_checkpoint,
@@ -131,8 +134,7 @@ class Worker:
             except Diverged as error:
                 if job.id == "parent":
                     raise
-                kind = ChildResult if isinstance(job, ChildSpec) else Result
-                result = kind(id=job.id, error=str(error))
+                result = kind_of(job)(id=job.id, error=str(error))
             seconds = time.time() - started
             result = replace(
                 result,
@@ -172,7 +174,38 @@ class Worker:
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
+        if isinstance(job, Solve):
+            return self._solve(job)
         return (yield from self._run_child(job))
+
+    def _solve(self, job: Solve) -> SolveResult:
+        """The noise of a KL target, on validation data.
+
+        Raises:
+            ValueError: the target cannot be met; the message names the job.
+        """
+        first, data = job.draws[0], self.data
+        model = self.build(seed=0)
+        images = data.validation.images[torch.arange(min(job.samples, len(data.validation)))]
+
+        def answers(weights: Mapping[str, Tensor]) -> Tensor:
+            model.load_state_dict(dict(weights))
+            if first.recompute_norm and weights is not self.parent:
+                supervised.recompute_norm(model, self.batches(500, first.training_seed))
+            return supervised.predict(model, images, data.preprocess)
+
+        try:
+            probe = trust_region.Probe(self.parent, self.anatomy(model, first), answers)
+            found = trust_region.solve(probe, job.draws, job.kl_target, per_layer=job.per_layer)
+        except ValueError as error:
+            raise ValueError(f"{first.label}: {error}") from None
+        return SolveResult(
+            id=job.id,
+            sigma=found.sigma,
+            sigmas=found.sigmas,
+            divergence=asdict(found.divergence),
+            passes=found.passes,
+        )
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
         model = self.build(seed=0)

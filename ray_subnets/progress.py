@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Job, Result
+from ray_subnets.recipes import Epoch, Job, Result, SolveResult
 
 
 class View(Protocol):
@@ -167,6 +167,8 @@ class Silent:
 def _outcome(result: Result) -> str:
     if result.error:
         return f"failed: {result.error}"
+    if isinstance(result, SolveResult):
+        return f"done in {result.seconds:.1f} s: KL {result.divergence['kl']:.4g} nats"
     value = result.validation
     return (
         f"done in {result.seconds:.1f} s: validation accuracy {value['accuracy']:.4f}, "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ray_subnets import sparse, supervised
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.masks import Masks
-from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
+from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Solve, SolveResult, Stored
 from ray_subnets.spawning import (
     METHODS,
     Subnetwork,
@@ -28,6 +28,13 @@ from ray_subnets.spawning import (
 
 def store_result(folder: RunFolder, result: Result) -> None:
     folder.write_json(f"results/{result.id}.json", asdict(result))
+
+
+def kind_of(job: Job) -> type[Result]:
+    """The class of a job's result."""
+    if isinstance(job, ChildSpec):
+        return ChildResult
+    return SolveResult if isinstance(job, Solve) else Result
 
 
 def stored_result(folder: RunFolder, job: Job) -> Result | None:
@@ -45,8 +52,10 @@ def stored_result(folder: RunFolder, job: Job) -> Result | None:
             record[key] = Stored(**record[key]) if record[key] else None
             if record[key]:
                 folder.read(record[key])
-        record["notes"] = tuple(record.get("notes", ()))
-        return (ChildResult if isinstance(job, ChildSpec) else Result)(**record)
+        for key in ("notes", "sigmas"):
+            if key in record:
+                record[key] = tuple(record[key])
+        return kind_of(job)(**record)
     except (TypeError, KeyError, ValueError):
         return None
 

@@ -16,7 +16,7 @@ from ray_subnets import metrics
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.ensemble import combine
 from ray_subnets.flops import Cost, training_flops
-from ray_subnets.recipes import ChildResult, ChildSpec, Result
+from ray_subnets.recipes import ChildResult, ChildSpec, Result, SolveResult
 from ray_subnets.selection import Decision, share_of
 from ray_subnets.stored import needs_parent
 
@@ -285,6 +285,7 @@ def _cost(
     trained on as many images.
     """
     trained = [results["parent"], *(results[spec.id] for spec in specs)]
+    solved = [result for result in results.values() if isinstance(result, SolveResult)]
     dense = sum(training_flops(cost.total, result.images) for result in trained)
     nonzero = sum(training_flops(cost.nonzero(result.kept), result.images) for result in trained)
     stored = {child["id"]: child["weights"] for child in record["children"]}
@@ -298,7 +299,7 @@ def _cost(
         "epochs": sum(result.epochs for result in trained),
         "images": sum(result.images for result in trained),
         "wall_seconds": times["wall_seconds"],
-        "device_seconds": sum(result.device_seconds for result in trained),
+        "device_seconds": sum(result.device_seconds for result in [*trained, *solved]),
         "flops": nonzero,
         "flops_dense": dense,
         "flops_vs_single": nonzero / dense if dense else 1.0,

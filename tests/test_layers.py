@@ -24,7 +24,7 @@ FLOORS = [
     ],
     ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
-    ["checkpoints"],
+    ["checkpoints", "trust_region"],
     ["stored"],
     ["population", "summary", "groups"],
     ["config"],
@@ -40,6 +40,7 @@ FLOORS = [
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders"}
 GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
+GROUND_FLOOR.append("trust_region")
 
 
 def modules() -> dict[str, Path]:

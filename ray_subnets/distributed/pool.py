@@ -18,7 +18,8 @@ from ray_subnets.data import Data
 from ray_subnets.distributed.children import ChildActor, pack_data
 from ray_subnets.flat import Flat
 from ray_subnets.population import Report, Task
-from ray_subnets.recipes import ChildResult, ChildSpec, Fit, Job, Result
+from ray_subnets.recipes import ChildResult, Fit, Job, Result
+from ray_subnets.stored import kind_of
 
 _WAIT = 1.0  # seconds between looks at what is not a report
 _POLL = 0.2  # the same while the parent trains elsewhere
@@ -212,7 +213,7 @@ class RayPool:
             if slot.dedicated != (self._dedicate and parent_next):
                 continue
             job = self._queue.popleft()
-            if isinstance(job, ChildSpec) and not slot.has_parent:
+            if not isinstance(job, Fit) and not slot.has_parent:
                 # Calls of one actor run in order: the job starts after the weights are there.
                 slot.handle.load.remote([self._parent])
                 slot.has_parent = True
@@ -278,8 +279,7 @@ class RayPool:
         line = f"its actor died {attempts} times"
         if job.id == "parent":
             raise ValueError(f"parent: {line}; continue with 'ray-subnets resume'")
-        kind = ChildResult if isinstance(job, ChildSpec) else Result
-        result = kind(id=job.id, error=line, attempts=attempts, started=time.time())
+        result = kind_of(job)(id=job.id, error=line, attempts=attempts, started=time.time())
         if isinstance(result, ChildResult) and self._selection is not None:
             with suppress(RayActorError):  # if it died the driver ranks by itself
                 ray.get(self._selection.report.remote(result))
