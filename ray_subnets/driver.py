@@ -7,7 +7,7 @@ process or a cluster, and nothing it computes depends on that.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,14 +34,13 @@ from ray_subnets.recipes import (
     Fit,
     Job,
     Result,
-    SolveResult,
     Stored,
 )
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import load_weights, needs_parent, restore, stored_result
-from ray_subnets.summary import LABELS, load_outputs, summarise
-from ray_subnets.trust_region import check_target
+from ray_subnets.summary import LABELS, busy_seconds, load_outputs, summarise
+from ray_subnets.trust_region import check_target, described
 
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
@@ -158,12 +157,15 @@ def run(
             results=results,
             decisions=decisions,
             cost=cost,
-            times={"start": start, "wall_seconds": _busy_seconds(results.values())},
+            times={"start": start, "wall_seconds": busy_seconds(results.values())},
         )
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
         if config.solve_jobs():
-            record["trust_region"] = _trust_region(config, data, results)
+            size = len(data.validation)
+            record["trust_region"] = [
+                described(job, results[job.id], size) for job in config.solve_jobs()
+            ]
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {
@@ -224,15 +226,6 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
     return results
 
 
-def _busy_seconds(results: Iterable[Result]) -> float:
-    """Time in which at least one job ran: a run that was interrupted or grown later had pauses."""
-    total, until = 0.0, 0.0
-    for start, end in sorted((r.started, r.started + r.seconds) for r in results):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
 def _choose(config: Config) -> Select:
     def choose(results: Mapping[str, Result]) -> list[Decision]:
         return decide(results, config.select.count, config.select.by)
@@ -261,29 +254,6 @@ def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[De
         by=by,
         errors={id: r.error for id, r in results.items() if r.error},
     )
-
-
-def _trust_region(
-    config: Config, data: Data, results: Mapping[str, Result]
-) -> list[dict[str, Any]]:
-    """For `result.json`: the noise that was solved for, and how well it meets its target."""
-    lines = []
-    for job in config.solve_jobs():
-        found = results[job.id]
-        assert isinstance(found, SolveResult)
-        lines.append(
-            {
-                "group": job.draws[0].label,
-                "kl_target": job.kl_target,
-                "sigma": found.sigma,
-                "sigmas": list(found.sigmas),
-                **found.divergence,
-                "samples": min(job.samples, len(data.validation)),
-                "passes": found.passes,
-                "seconds": found.seconds,
-            }
-        )
-    return lines
 
 
 def _describe_data(data: Data) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from ray_subnets.selection import fitness_of
 from ray_subnets.spawning import (
     METHODS,
     Anatomy,
+    Subnetwork,
     anatomy,
     anneals,
     removable,
@@ -88,6 +89,19 @@ class Pool(Protocol):
 
     def reports(self) -> Iterator[Report]:
         """Reports as they come, until every job submitted (also meanwhile) has a result."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished child."""
+
+    model: nn.Module
+    subnetwork: Subnetwork
+    body: Anatomy
+    masks: Masks
+    """as they are after tuning"""
+    images: int
+    """training images seen"""
 
 
 class Worker:
@@ -208,6 +222,19 @@ class Worker:
         )
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
+        made = yield from self.make(spec)
+        model, method = made.model, METHODS[spec.method]
+        stored = None
+        packed = pack_child(model, spec, made.subnetwork, made.masks)
+        if packed:
+            stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
+        kept = _kept(model, made.body, made.masks if method.prunes else {})
+        notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
+        result = self.finish(spec, model, stored, made.images)
+        return replace(result, kept=kept, notes=notes)
+
+    def make(self, spec: ChildSpec) -> Generator[Epoch, None, Made]:
+        """Spawn and tune; the generator's return value is the finished child."""
         model = self.build(seed=0)
         body = self.anatomy(model, spec)
         child = spawn_weights(self.parent, body, spec)
@@ -233,13 +260,7 @@ class Worker:
                 model.load_state_dict(sparse.prune(final, masks))
             if anneals(spec):
                 model = without_removed(model, spec, sub, body)
-        stored = None
-        packed = pack_child(model, spec, sub, masks)
-        if packed:
-            stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = _kept(model, body, masks if method.prunes else {})
-        notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
-        return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
+        return Made(model, sub, body, masks, images)
 
     def anatomy(self, model: nn.Module, spec: ChildSpec) -> Anatomy:
         """What may be left out of the run's network; found once for each kind of recipe."""

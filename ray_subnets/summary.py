@@ -5,7 +5,7 @@ Test labels are used here and nowhere before, after members have been chosen on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,6 +120,15 @@ class Scores:
     def kl_from_parent(self, id: str) -> float:
         """Mean KL divergence of a child's answers from its parent's, on test data (Fig 4.3)."""
         return float(metrics.kl_divergence(self.logits(["parent", id], "test"))[0, 1])
+
+
+def busy_seconds(results: Iterable[Result]) -> float:
+    """Time in which at least one job ran: a run that was interrupted or grown later had pauses."""
+    total, until = 0.0, 0.0
+    for start, end in sorted((r.started, r.started + r.seconds) for r in results):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _mean(records: Sequence[Mapping[str, float]]) -> dict[str, float]:

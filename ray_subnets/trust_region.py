@@ -11,11 +11,12 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ray_subnets.recipes import ChildSpec, derive
+from ray_subnets.recipes import ChildSpec, Result, Solve, SolveResult, derive
 from ray_subnets.spawning import Anatomy, anatomy, spawn_weights
 
 Weights = Mapping[str, Tensor]
@@ -216,7 +217,7 @@ def _next(
     if inside:
         return guess if low < guess < high else (low + high) / 2
     # Nothing on the other side yet: go on from the last point, farther each time that helps little.
-    step = min(max(abs(guess - x), 0.02), math.log(100)) * 2**stalls
+    step = min(max(abs(guess - x), 0.02), math.log(1000)) * 2**stalls
     return (low if math.isinf(high) else high) + math.copysign(step, -1 if math.isinf(low) else 1)
 
 
@@ -281,6 +282,25 @@ def _layer_shares(
         shares.append(find(alone, share, start, tolerance=LAYER_TOLERANCE, what=name))
         start = shares[-1]
     return tuple(shares)
+
+
+def described(job: Solve, found: Result, available: int) -> dict[str, Any]:
+    """For `result.json`: the noise that was solved for, and how well it meets its target.
+
+    Args:
+        available: validation samples that there are.
+    """
+    assert isinstance(found, SolveResult)
+    return {
+        "group": job.draws[0].label,
+        "kl_target": job.kl_target,
+        "sigma": found.sigma,
+        "sigmas": list(found.sigmas),
+        **found.divergence,
+        "samples": min(job.samples, available),
+        "passes": found.passes,
+        "seconds": found.seconds,
+    }
 
 
 def solve_sigma(
