@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu test-cluster check bench fashion study map clean
+.PHONY: setup demo test test-gpu test-cluster chaos check bench fashion study map clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+# Faults of many kinds in real runs, as the README's table.
+chaos: setup
+	$(BIN)/python tests/faults/chaos.py
 
 bench: setup
 	$(BIN)/python -m analysis.benchmarks.training_step

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -166,6 +167,7 @@ def run(
             record["trust_region"] = [
                 described(job, results[job.id], size) for job in config.solve_jobs()
             ]
+        record["faults"] = [asdict(fault) for fault in pool.faults]
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {

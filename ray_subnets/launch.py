@@ -186,6 +186,7 @@ def _do(
                 cost=cost,
                 listen=listen,
                 notify=view.note,
+                watch=view.status,
                 growing=bool(address),
             )
     page = report.write(folder)

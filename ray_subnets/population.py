@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
     Epoch,
+    Fault,
     Fit,
     Job,
     Result,
@@ -90,6 +91,10 @@ class Pool(Protocol):
     def reports(self) -> Iterator[Report]:
         """Reports as they come, until every job submitted (also meanwhile) has a result."""
 
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """What went wrong and was handled, in the order of time."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -110,9 +115,10 @@ class Worker:
     Args:
         data: on the CPU; moved to `device` once.
         device: `cpu` or `cuda:0`.
+        node: what the machine is called in results; default the host's name.
     """
 
-    def __init__(self, task: Task, data: Data, device: str = "cpu") -> None:
+    def __init__(self, task: Task, data: Data, device: str = "cpu", node: str = "") -> None:
         if task.import_from and task.import_from not in sys.path:
             sys.path.insert(0, task.import_from)
         self.task = task
@@ -121,8 +127,11 @@ class Worker:
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
         self._anatomies: dict[tuple[bool, str], Anatomy] = {}
-        self._earlier = 0.0  # seconds that earlier attempts spent on the job at hand
+        self._earlier: float | None = None  # seconds that earlier attempts spent on this job
+        self._timings: dict[str, float] = {}
+        self._started = 0.0
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
+        self.node = node or socket.gethostname()
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order of sums
             torch.backends.cudnn.benchmark = False
@@ -135,27 +144,35 @@ class Worker:
     def run(self, job: Job, attempt: int = 1) -> Iterator[Report]:
         """Do a job: an `Epoch` after each epoch, at last its result, also written to the folder.
 
-        Goes on from the job's last checkpoint if there is one. A child that diverges gives a
-        result with an error; so does the single model. A diverging parent raises `Diverged`.
+        Goes on from the job's last checkpoint if there is one. A job that diverges is done once
+        more from there: numbers that are not finite again are the recipe's doing, others were
+        the machine's. A child that diverges gives a result with an error; so does the single
+        model. A diverging parent raises `Diverged`.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
-        started = time.time()
-        self._earlier = 0.0
+        self._started, self._earlier, self._timings = time.time(), None, {}
         try:
             try:
-                result = yield from self._run(job)
+                try:
+                    result = yield from self._run(job)
+                except Diverged as error:
+                    once = f"done again from the last checkpoint, since {error}"
+                    result = yield from self._run(job)
+                    result = replace(result, notes=(*result.notes, once))
             except Diverged as error:
                 if job.id == "parent":
                     raise
                 result = kind_of(job)(id=job.id, error=str(error))
-            seconds = time.time() - started
+            seconds = time.time() - self._started
             result = replace(
                 result,
-                started=started,
+                started=self._started,
                 seconds=seconds,
-                device_seconds=self._earlier + seconds,
+                device_seconds=(self._earlier or 0.0) + seconds,
+                timings=self._timings,
                 worker=self.name,
+                node=self.node,
                 attempts=attempt,
             )
             if self.primary:
@@ -208,18 +225,7 @@ class Worker:
                 supervised.recompute_norm(model, self.batches(500, first.training_seed))
             return supervised.predict(model, images, data.preprocess)
 
-        try:
-            probe = trust_region.Probe(self.parent, self.anatomy(model, first), answers)
-            found = trust_region.solve(probe, job.draws, job.kl_target, per_layer=job.per_layer)
-        except ValueError as error:
-            raise ValueError(f"{first.label}: {error}") from None
-        return SolveResult(
-            id=job.id,
-            sigma=found.sigma,
-            sigmas=found.sigmas,
-            divergence=asdict(found.divergence),
-            passes=found.passes,
-        )
+        return trust_region.search(job, self.parent, self.anatomy(model, first), answers)
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
         made = yield from self.make(spec)
@@ -281,8 +287,11 @@ class Worker:
     ) -> Generator[Epoch, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
-        start, images, self._earlier = load_checkpoint(self.folder, job, model, optimizer)
+        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer)
+        if self._earlier is None:  # not where a diverged job starts again: that time is counted
+            self._earlier = earlier
         began = time.time()
+        self._timings["spawn"] = began - self._started
         loop = supervised.train(
             self.parallel(model),
             self.batches(training.batch_size, seed, data),
@@ -297,9 +306,10 @@ class Worker:
             report = self.gather(local)
             images += report.images
             if self.primary and report.epoch < report.epochs:
-                seconds = self._earlier + time.time() - began
+                seconds = self._earlier + time.time() - self._started
                 save_checkpoint(self.folder, job, model, optimizer, report.epoch, images, seconds)
             yield report
+        self._timings["train"] = time.time() - began
         return images
 
     # What differs when several workers share one job (`distributed/parent.py`).
@@ -322,7 +332,7 @@ class Worker:
         Raises:
             Diverged: an output is not finite.
         """
-        data = self.data
+        data, began = self.data, time.time()
         logits = {
             name: supervised.predict(model, split.images, data.preprocess)
             for name, split in (("validation", data.validation), ("test", data.test))
@@ -332,6 +342,7 @@ class Worker:
         outputs = self.folder.save_arrays(
             f"outputs/{job.id}.npz", {name: tensor.numpy() for name, tensor in logits.items()}
         )
+        self._timings["evaluate"] = time.time() - began
         probabilities = logits["validation"].double().softmax(1)
         labels = data.validation.labels.cpu()
         validation = {
@@ -354,6 +365,8 @@ class Worker:
 
 class SerialPool:
     """Every job in this process, in the order submitted: the debugger, the notebook, the oracle."""
+
+    faults: Sequence[Fault] = ()
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

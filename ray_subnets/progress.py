@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,9 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Job, Result, SolveResult
+from ray_subnets.recipes import Epoch, Job, Result, SolveResult, Status
 
 
 class View(Protocol):
@@ -29,6 +30,9 @@ class View(Protocol):
 
     def note(self, line: str) -> None:
         """Show a line that is not a report."""
+
+    def status(self, status: Status) -> None:
+        """Show where the work is done."""
 
     def __enter__(self) -> Self: ...
 
@@ -45,11 +49,40 @@ def _total(jobs: Sequence[Job]) -> int:
     return sum(job.epochs + 1 for job in jobs)
 
 
+def _where(status: Status | None, failed: int) -> list[str]:
+    """Actors and nodes, and what went wrong, as parts of a sentence."""
+    parts = []
+    if status:
+        parts.append(f"{status.running} running")
+        waiting = f" (+{status.starting} starting)" if status.starting else ""
+        parts.append(f"{_count(status.actors, 'actor')}{waiting} on {_count(status.nodes, 'node')}")
+    if failed:
+        parts.append(f"{failed} failed")
+    if status and status.retried:
+        parts.append(f"{status.retried} retried")
+    return parts
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+class _Progress(Progress):
+    """Bars with one line of text below."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.line:
+            yield Text(self.line, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Bars:
     """Live bars: the run as a whole, parent and single model, and each child being tuned."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _Progress(
             TextColumn("{task.description}", justify="left"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
@@ -63,8 +96,9 @@ class Bars:
         self._units = {job.id: job.epochs for job in jobs}
         self._all = self._progress.add_task("run", total=_total(jobs), say="")
         self._rows: dict[str, TaskID] = {}
-        self._done = 0
+        self._done = self._failed = 0
         self._jobs = len(jobs)
+        self._status: Status | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -75,6 +109,13 @@ class Bars:
 
     def note(self, line: str) -> None:
         self._progress.console.print(line, highlight=False)
+
+    def status(self, status: Status) -> None:
+        self._status = status
+        self._line()
+
+    def _line(self) -> None:
+        self._progress.line = "  " + ", ".join(_where(self._status, self._failed))
 
     def __call__(self, report: Report) -> None:
         if isinstance(report, Epoch):
@@ -90,6 +131,8 @@ class Bars:
             self._progress.advance(self._all, report.epoch - before)
             return
         self._done += 1
+        self._failed += report.error is not None
+        self._line()
         self._progress.update(self._all, say=f"{self._done} of {self._jobs} networks done")
         row = self._rows.pop(report.id, None)
         seen = 0
@@ -110,7 +153,8 @@ class Lines:
     def __init__(self, jobs: Sequence[Job], console: Console, every: float = 5.0) -> None:
         self._console, self._every = console, every
         self._total, self._units = _total(jobs), {job.id: job.epochs for job in jobs}
-        self._jobs, self._done = len(jobs), 0
+        self._jobs, self._done, self._failed = len(jobs), 0, 0
+        self._status: Status | None = None
         self._completed, self._seen = 0, dict.fromkeys(self._units, 0)
         self._fresh = 0  # units done since the start; others were found done
         self._began = self._last = time.monotonic()
@@ -125,6 +169,9 @@ class Lines:
     def note(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
 
+    def status(self, status: Status) -> None:
+        self._status = status
+
     def __call__(self, report: Report) -> None:
         if isinstance(report, Epoch):
             self._completed += report.epoch - self._seen[report.id]
@@ -138,6 +185,7 @@ class Lines:
                 )
             return
         self._done += 1
+        self._failed += report.error is not None
         self._completed += self._units[report.id] - self._seen[report.id] + 1
         self._fresh += report.started >= self._start
         self.note(f"{self._left()}  {report.id} {_outcome(report)}")
@@ -145,7 +193,8 @@ class Lines:
     def _left(self) -> str:
         elapsed = time.monotonic() - self._began
         remaining = elapsed / max(self._fresh, 1) * (self._total - self._completed)
-        return f"[{self._done}/{self._jobs} networks, about {remaining:.0f} s left]"
+        where = "".join(f", {part}" for part in _where(self._status, self._failed))
+        return f"[{self._done}/{self._jobs} networks{where}, about {remaining:.0f} s left]"
 
 
 class Silent:
@@ -155,6 +204,9 @@ class Silent:
         return None
 
     def note(self, line: str) -> None:
+        return None
+
+    def status(self, status: Status) -> None:
         return None
 
     def __enter__(self) -> Self:

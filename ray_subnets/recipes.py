@@ -237,15 +237,50 @@ class Result:
     """time that the last attempt took"""
     device_seconds: float = 0.0
     """time on a device, with what earlier attempts did up to their last checkpoint"""
+    timings: dict[str, float] = field(default_factory=dict)
+    """seconds of the last attempt: `spawn` until the first training step, `train`, `evaluate`"""
     worker: str = ""
     """who did it: host, process, device"""
+    node: str = ""
+    """machine it was done on: Ray's address and id of the node, or the host's name"""
     attempts: int = 1
+    """actors that the job was given to"""
     kept: dict[str, float] = field(default_factory=dict)
     """weight -> fraction of it that is left; weights that are whole are left out"""
     notes: tuple[str, ...] = ()
     """what a user should know of this network: one line each"""
     error: str | None = None
     """why there is no network: one line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something that went wrong and was handled."""
+
+    id: str
+    """the job that it struck; `` for an actor or node without one"""
+    what: str
+    attempt: int = 0
+    """of the job; 0 if it struck none"""
+    node: str = ""
+    time: float = 0.0
+    """seconds since the epoch (Unix time)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where the work is done, as a pool sees it now."""
+
+    nodes: int
+    """machines that are alive"""
+    actors: int
+    """workers that are ready"""
+    starting: int
+    """workers that are asked for or starting"""
+    running: int
+    """jobs being done"""
+    retried: int
+    """times that a job was given to another worker"""
 
 
 @dataclass(frozen=True, kw_only=True)

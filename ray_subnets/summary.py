@@ -177,8 +177,10 @@ def summarise(
                 "images": result.images,
                 "attempts": result.attempts,
                 "worker": result.worker,
+                "node": result.node,
                 "start": result.started - times["start"],
                 "seconds": result.seconds,
+                "timings": result.timings,
                 "weights": asdict(result.weights) if result.weights else None,
                 "validation": result.validation or None,
                 "test": scores.test([spec.id]) if result.error is None else None,
@@ -194,10 +196,13 @@ def summarise(
             "epochs": result.epochs,
             "images": result.images,
             "worker": result.worker,
+            "node": result.node,
             "start": result.started - times["start"],
             "seconds": result.seconds,
+            "timings": result.timings,
             "attempts": result.attempts,
             "error": result.error,
+            "notes": list(result.notes),
         }
         if result.error is None:
             assert result.weights

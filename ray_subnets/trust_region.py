@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -282,6 +282,27 @@ def _layer_shares(
         shares.append(find(alone, share, start, tolerance=LAYER_TOLERANCE, what=name))
         start = shares[-1]
     return tuple(shares)
+
+
+def search(job: Solve, parent: Weights, body: Anatomy, answers: Answers) -> SolveResult:
+    """The result of a job, without its timing.
+
+    Raises:
+        ValueError: the target cannot be met; the message names the group.
+    """
+    try:
+        found = solve(
+            Probe(parent, body, answers), job.draws, job.kl_target, per_layer=job.per_layer
+        )
+    except ValueError as error:
+        raise ValueError(f"{job.draws[0].label}: {error}") from None
+    return SolveResult(
+        id=job.id,
+        sigma=found.sigma,
+        sigmas=found.sigmas,
+        divergence=asdict(found.divergence),
+        passes=found.passes,
+    )
 
 
 def described(job: Solve, found: Result, available: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import pytest
 # Before anything imports ray: no tokens written to the user's home, nothing sent home.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# At Ray's 15 anything else on the machine starves them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
 
 import torch

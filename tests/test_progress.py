@@ -41,7 +41,7 @@ def test_lines_count_to_the_end() -> None:
     console = Console(file=io.StringIO(), width=200)
     feed(progress.Lines(JOBS, console, every=0.0))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, about 0 s left]")
+    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0 s left]")
     assert any("single epoch 9/10" in line for line in lines)
     assert any("sparse-000 failed: the loss is nan" in line for line in lines)
 

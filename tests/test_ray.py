@@ -20,7 +20,8 @@ from ray_subnets.config import Config
 from ray_subnets.distributed import cluster
 from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
-from ray_subnets.distributed.pool import RayPool, Share
+from ray_subnets.distributed.devices import Share
+from ray_subnets.distributed.pool import RayPool
 from ray_subnets.population import Report
 from ray_subnets.recipes import ChildResult, Epoch
 
@@ -120,7 +121,7 @@ def test_a_job_that_always_kills_its_actor_is_given_up(
     finally:
         pool.close()
     lost = next(child for child in record["children"] if child["id"] == "sparse-000")
-    assert lost["error"] == "its actor died 2 times"
+    assert lost["error"] == "its actor failed 2 times; the last one died"
     assert not lost["selected"]
     others = {c["id"]: c["fitness"] for c in record["children"] if c["id"] != "sparse-000"}
     assert others == {

@@ -45,8 +45,11 @@ def numbers(record: Any) -> Any:
     moving = {
         "seconds",
         "start",
+        "timings",
         "worker",
+        "node",
         "attempts",
+        "faults",
         "wall_seconds",
         "device_seconds",
         "environment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import PurePath
 from typing import Any
 
 import ray
@@ -12,6 +13,8 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split
+from ray_subnets.distributed.devices import granted, here
+from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job
@@ -64,7 +67,7 @@ class ChildActor:
         self._worker: Worker | None = None
 
     def setup(self, task: Task, data: Sequence[Any], rest: dict[str, Any], gpus: float) -> str:
-        """Load everything that a first job would wait for. Returns the worker's name.
+        """Load everything that a first job would wait for. Returns the node's name.
 
         Args:
             gpus: this actor's share; below 1 it takes no more than that part of the GPU's memory.
@@ -72,20 +75,12 @@ class ChildActor:
         Raises:
             ValueError: Ray granted a GPU that torch cannot use.
         """
-        device = "cpu"
-        if ray.get_gpu_ids():  # torch sees only what Ray granted, numbered from 0
-            if not torch.cuda.is_available():
-                raise ValueError(
-                    "resources.gpus_per_actor: Ray counts GPUs here, but torch finds none; install "
-                    "a CUDA build of torch, or set it to 0"
-                )
-            device = "cuda:0"
-            if gpus < 1:
-                torch.cuda.set_per_process_memory_fraction(gpus)
-        self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device)
+        device = granted(gpus)
+        self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
+        self._instruments = Instruments(PurePath(task.folder).name)
         # The first optimizer of a process imports torch's compiler, which takes seconds.
         torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
-        return self._worker.name
+        return self._worker.node
 
     def load(self, parent: Sequence[Any]) -> None:
         """Read the parent's weights from the object store."""
@@ -96,6 +91,7 @@ class ChildActor:
         """Do a job, streaming its reports; a child's result goes to the selection actor too."""
         assert self._worker
         for report in self._worker.run(job, attempt):
+            self._instruments.report(report)
             if isinstance(report, ChildResult) and self._selection is not None:
                 # If it died the driver ranks by itself, from the results in the folder.
                 with suppress(RayActorError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,66 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from ray_subnets.config import ResourcesSection
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import ChildActor, pack_data
+from ray_subnets.distributed.devices import Share, alive
 from ray_subnets.flat import Flat
 from ray_subnets.population import Report, Task
-from ray_subnets.recipes import ChildResult, Fit, Job, Result
+from ray_subnets.recipes import ChildResult, Epoch, Fault, Fit, Job, Result, Status
 from ray_subnets.stored import kind_of
 
 _WAIT = 1.0  # seconds between looks at what is not a report
 _POLL = 0.2  # the same while the parent trains elsewhere
+_LOOK = 2.0  # seconds between looks at the cluster
 _PATIENCE = 60.0  # seconds without any actor before saying so
+_WARM = 300.0  # seconds before the parent's end at which a growing cluster is asked for the rest
 
 ParentTrainer = Callable[[Fit], Iterator[Report | None]]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one actor owns."""
-
-    cpus: float
-    gpus: float
-
-    @staticmethod
-    def of(resources: ResourcesSection, *, growing: bool) -> Share:
-        """From the settings, with what the cluster has for what they leave open.
-
-        Raises:
-            ValueError: no node can hold even one actor, and the cluster is not `growing` (an
-                autoscaler may still start such a node).
-        """
-        gpus = resources.gpus_per_actor
-        cluster = ray.cluster_resources()
-        if gpus is None:
-            gpus = 1.0 if cluster.get("GPU", 0) else 0.0
-        share = Share(resources.cpus_per_actor, gpus)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = any(
-            node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in nodes
-        )
-        if not fits and not growing:
-            raise ValueError(
-                f"resources: an actor needs {share.cpus:g} CPUs and {share.gpus:g} GPUs, and no "
-                f"node has them; the cluster has {cluster.get('CPU', 0):g} CPUs and "
-                f"{cluster.get('GPU', 0):g} GPUs in all"
-            )
-        return share
-
-    def fit(self) -> int:
-        """How many such actors the whole cluster holds now."""
-        count = 0
-        for node in ray.nodes():
-            if node["Alive"]:
-                has = node["Resources"]
-                rooms = [has.get("CPU", 0) / self.cpus]
-                if self.gpus:
-                    rooms.append(has.get("GPU", 0) / self.gpus)
-                count += math.floor(min(rooms) + 1e-9)
-        return max(1, count)
 
 
 @dataclass
@@ -82,6 +39,7 @@ class _Slot:
     """for the parent only: it has a whole GPU where children share one"""
     setup: Any = None
     """reference that resolves when the actor is ready; None afterwards"""
+    node: str = ""
     job: Job | None = None
     stream: Any = None
     has_parent: bool = False
@@ -92,7 +50,8 @@ class RayPool:
 
     An actor that dies is replaced and its job given to another, which goes on from the job's last
     checkpoint, up to `retries` times. Actors start at once, so that they are warm when the parent
-    is done.
+    is done; a cluster that grows on demand is asked for the children's only when that is near. An
+    actor for which there is no room waits for a node to join; actors without work left are ended.
 
     Args:
         jobs: how many jobs there will be; there is no point in more actors.
@@ -102,6 +61,7 @@ class RayPool:
             job, it yields reports, and None while there is nothing new.
         parent_devices: devices that it takes; so many fewer actors until the parent is done.
         notify: called with a line of text when something happened that a person should know.
+        watch: called with nodes and actors when they change.
     """
 
     def __init__(
@@ -116,31 +76,38 @@ class RayPool:
         parent_trainer: ParentTrainer | None = None,
         parent_devices: int = 0,
         notify: Callable[[str], None] = lambda line: None,
+        watch: Callable[[Status], None] = lambda status: None,
     ) -> None:
-        self._task, self._resources = task, resources
+        self._task, self._resources, self._growing = task, resources, growing
+        self._jobs = jobs
         self._share = Share.of(resources, growing=growing)
         flat, self.rest = pack_data(data)
         self.data = ray.put(flat)
-        self._selection, self._notify = selection, notify
-        self._parent_trainer = parent_trainer
+        self._selection, self._notify, self._watch = selection, notify, watch
+        self._trainer: Iterator[Report | None] | None = None
+        self._parent_trainer, self._parent_devices = parent_trainer, parent_devices
         self._parent: Any = None
+        self._parent_left = float("inf")  # seconds until the parent is done
         self._queue: deque[Job] = deque()
         self._attempts: dict[str, int] = {}
+        self.faults: list[Fault] = []
         self._slots: list[_Slot] = []
-        self._died_idle = 0
-        self.size = min(resources.actors or self._share.fit(), max(1, jobs))
+        self._started = self._died_idle = 0
+        self._nodes = {id: _name(node) for id, node in alive().items()}
+        self._looked = 0.0
+        self._status: Status | None = None
+        # An actor that waits for room is how a cluster learns that it should grow.
+        self.size = min(resources.actors or (jobs if growing else self._share.fit()), max(1, jobs))
         self._dedicate = 0 < self._share.gpus < 1 and parent_trainer is None
         if self._dedicate:
             self._slots.append(self._start(gpus=1.0, dedicated=True))
-        self._grow(self.size - parent_devices)
-
-    def _grow(self, size: int) -> None:
-        """Start actors until there are `size`."""
-        have = sum(not slot.dedicated for slot in self._slots)
-        self._slots += [self._start(gpus=self._share.gpus) for _ in range(size - have)]
+        if not growing:
+            self._resize(self.size - parent_devices)
 
     def _start(self, *, gpus: float, dedicated: bool = False) -> _Slot:
+        self._started += 1
         actor = ray.remote(ChildActor).options(
+            name=f"child-actor-{id(self)}-{self._started}",  # to be found in Ray's dashboard
             num_cpus=self._share.cpus,
             num_gpus=gpus,
             max_restarts=0,
@@ -162,34 +129,34 @@ class RayPool:
             slot.has_parent = False
 
     def reports(self) -> Iterator[Report]:
-        trainer = self._start_parent_trainer()
+        self._trainer = self._start_parent_trainer()
         alone_since = time.monotonic()
-        while trainer or self._queue or any(slot.job for slot in self._slots):
-            if trainer:
-                report = next(trainer)
+        while self._trainer or self._queue or any(slot.job for slot in self._slots):
+            if self._trainer:
+                report = next(self._trainer)
                 if report is not None:
+                    self._follow(report)
                     yield report
                 if isinstance(report, Result):
-                    trainer = None
-                    self._grow(self.size)
+                    self._trainer = None
+            self._resize(self._wanted())
             self._assign()
+            self._look()
             waiting = [slot.setup or slot.stream for slot in self._slots if slot.setup or slot.job]
             ready: list[Any] = []
             if waiting:
-                ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL if trainer else _WAIT)
+                wait = _POLL if self._trainer else _WAIT
+                ready, _ = ray.wait(waiting, num_returns=1, timeout=wait)
             else:
                 time.sleep(_POLL)
             for slot in list(self._slots):
                 if (slot.setup or slot.stream) in ready:
                     yield from self._read(slot)
-            if ready or trainer or any(slot.job for slot in self._slots):
+            if ready or self._trainer or any(slot.job for slot in self._slots):
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > _PATIENCE:
                 alone_since = time.monotonic()
-                self._notify(
-                    f"waiting for the cluster to give an actor {self._share.cpus:g} CPUs and "
-                    f"{self._share.gpus:g} GPUs"
-                )
+                self._notify(f"waiting for the cluster to give an actor {self._share}")
 
     def _start_parent_trainer(self) -> Iterator[Report | None] | None:
         """Take the parent's job off the queue if it is done elsewhere."""
@@ -199,8 +166,60 @@ class RayPool:
             if isinstance(job, Fit) and job.id == "parent":
                 self._queue.remove(job)
                 return self._parent_trainer(job)
-        self._grow(self.size)  # the parent was done before
-        return None
+        return None  # the parent was done before
+
+    # --- how many actors ---
+
+    def _wanted(self) -> int:
+        """Actors that there is work for, or soon will be."""
+        if self._trainer:
+            return self.size - self._parent_devices
+        unfinished = len(self._queue) + sum(
+            slot.job is not None for slot in self._slots if not slot.dedicated
+        )
+        if self._parent is None and (not self._growing or self._parent_left < _WARM):
+            return self.size
+        return min(self.size, unfinished)
+
+    def _resize(self, wanted: int) -> None:
+        """Start actors, or end ones without work: first those that still wait for room."""
+        slots = [slot for slot in self._slots if not slot.dedicated]
+        for _ in range(wanted - len(slots)):
+            self._slots.append(self._start(gpus=self._share.gpus))
+        idle = sorted((slot for slot in slots if slot.job is None), key=lambda s: s.setup is None)
+        for slot in idle[: max(0, len(slots) - wanted)]:
+            self._retire(slot)
+
+    def _follow(self, report: Report) -> None:
+        """How long will the parent take yet?"""
+        if isinstance(report, Epoch) and report.id == "parent":
+            self._parent_left = (report.epochs - report.epoch) * report.seconds
+
+    def _look(self) -> None:
+        """Say which nodes came and went, and how it stands."""
+        if time.monotonic() - self._looked >= _LOOK:
+            self._looked = time.monotonic()
+            now = {id: _name(node) for id, node in alive().items()}
+            for id in self._nodes.keys() - now.keys():
+                self._notify(f"node {self._nodes[id]} left; {len(now)} remain")
+                self.faults.append(
+                    Fault(id="", what="the node left", node=self._nodes[id], time=time.time())
+                )
+            for id in now.keys() - self._nodes.keys():
+                self._notify(f"node {now[id]} joined; {len(now)} now")
+                if not self._resources.actors:
+                    self.size = max(self.size, min(self._share.fit(), self._jobs))
+            self._nodes = now
+        status = Status(
+            nodes=len(self._nodes),
+            actors=sum(slot.setup is None for slot in self._slots),
+            starting=sum(slot.setup is not None for slot in self._slots),
+            running=sum(slot.job is not None for slot in self._slots) + (self._trainer is not None),
+            retried=sum(attempts - 1 for attempts in self._attempts.values()),
+        )
+        if status != self._status:
+            self._status = status
+            self._watch(status)
 
     # --- one step ---
 
@@ -227,7 +246,7 @@ class RayPool:
         """One thing that an actor has to say: ready, a report, the end of a job, or its death."""
         try:
             if slot.setup is not None:
-                ray.get(slot.setup)
+                slot.node = ray.get(slot.setup)
                 slot.setup = None
                 self._died_idle = 0
                 return
@@ -238,13 +257,19 @@ class RayPool:
                 return
             report: Report = ray.get(reference)
         except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ValueError):
-                raise ValueError(str(cause)) from None
-            raise
-        except RayActorError as error:
-            yield from self._replace(slot, error)
+            if isinstance(error.cause, ValueError) and slot.setup is not None:
+                self._refuse(slot, str(error.cause))
+            elif isinstance(error.cause, ValueError):
+                raise ValueError(str(error.cause)) from None
+            elif isinstance(error.cause, AssertionError) or slot.job is None:
+                raise
+            else:
+                yield from self._replace(slot, _reason(error))
             return
+        except RayError as error:  # the actor, its node, or what it had put into the object store
+            yield from self._replace(slot, _reason(error))
+            return
+        self._follow(report)
         yield report
         if isinstance(report, Result):
             slot.job = slot.stream = None
@@ -256,30 +281,49 @@ class RayPool:
         self._slots.remove(slot)
         ray.kill(slot.handle)
 
-    def _replace(self, slot: _Slot, error: Exception) -> Iterator[Report]:
-        """A new actor for one that died; its job goes to the front of the queue."""
-        what = "died" if isinstance(error, ActorDiedError) else "does not answer"
-        job = slot.job
+    def _refuse(self, slot: _Slot, why: str) -> None:
+        """Do without an actor that cannot work where it is, if there are others.
+
+        Raises:
+            ValueError: there are none.
+        """
         self._retire(slot)
-        self._slots.append(
-            self._start(gpus=1.0 if slot.dedicated else self._share.gpus, dedicated=slot.dedicated)
+        if not any(other.setup is None for other in self._slots):
+            raise ValueError(why)
+        self.size -= 1
+        self.faults.append(Fault(id="", what=why, time=time.time()))
+        self._notify(f"an actor is not used: {why}")
+
+    def _replace(self, slot: _Slot, what: str) -> Iterator[Report]:
+        """A new actor for one that failed; its job goes to the front of the queue."""
+        job, attempt = slot.job, self._attempts[slot.job.id] if slot.job else 0
+        fault = Fault(
+            id=job.id if job else "",
+            what=f"its actor {what}",
+            attempt=attempt,
+            node=slot.node,
+            time=time.time(),
         )
+        self.faults.append(fault)
         if job is None:
             self._died_idle += 1
             if self._died_idle > self._resources.retries:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"resources: actors die while they start: {reason}")
+                self._refuse(slot, f"resources: actors die while they start: the last {what}")
+                return
+        self._retire(slot)
+        if slot.dedicated:
+            self._slots.append(self._start(gpus=1.0, dedicated=True))
+        if job is None:
             self._notify(f"an actor {what} while it started; another takes its place")
             return
-        attempts = self._attempts[job.id]
-        if attempts <= self._resources.retries:
-            self._notify(f"{job.id}: its actor {what} (attempt {attempts}); another goes on")
+        if attempt <= self._resources.retries:
+            self._notify(f"{job.id}: its actor {what} (attempt {attempt}); another goes on")
             self._queue.appendleft(job)
             return
-        line = f"its actor died {attempts} times"
+        line = f"its actor failed {attempt} times; the last one {what}"
         if job.id == "parent":
             raise ValueError(f"parent: {line}; continue with 'ray-subnets resume'")
-        result = kind_of(job)(id=job.id, error=line, attempts=attempts, started=time.time())
+        result = kind_of(job)(id=job.id, error=line, attempts=attempt, started=time.time())
         if isinstance(result, ChildResult) and self._selection is not None:
             with suppress(RayActorError):  # if it died the driver ranks by itself
                 ray.get(self._selection.report.remote(result))
@@ -289,3 +333,24 @@ class RayPool:
         """End all actors."""
         for slot in list(self._slots):
             self._retire(slot)
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']}/{node['NodeID'][:8]}"
+
+
+def _reason(error: RayError) -> str:
+    """What became of an actor, as the end of a sentence."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        name = type(cause).__name__
+        if "OutOfMemory" in name:
+            return (
+                "ran out of GPU memory; lower batch_size, or give each actor more of a GPU "
+                "(resources.gpus_per_actor)"
+            )
+        return f"raised {name}: {' '.join(str(cause).split())[:200]}"
+    if "low on memory" in text or "OutOfMemory" in type(error).__name__:
+        return "was ended because its node ran out of memory; use fewer (resources.actors)"
+    return "does not answer" if isinstance(error, ActorUnavailableError) else "died"

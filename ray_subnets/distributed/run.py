@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from ray_subnets import driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.data import Data
+from ray_subnets.distributed import selection as selecting
+from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.parent import RayTrainParent
 from ray_subnets.distributed.pool import RayPool
-from ray_subnets.distributed.selection import Selection
 from ray_subnets.flops import Cost
-from ray_subnets.recipes import ChildResult, Result
+from ray_subnets.population import Report
+from ray_subnets.recipes import Result, Status
 from ray_subnets.selection import Decision
 
 
@@ -30,20 +32,33 @@ def run(
     cost: Cost,
     listen: driver.Listener = lambda report: None,
     notify: Callable[[str], None] = lambda line: None,
+    watch: Callable[[Status], None] = lambda status: None,
     growing: bool = False,
 ) -> dict[str, Any]:
     """`driver.run` on the Ray that this process is connected to; see there.
 
     Args:
         notify: called with a line of text when something happened that a person should know.
+        watch: called with nodes and actors when they change.
         growing: the cluster may start nodes on demand.
     """
-    name = (
-        f"selection-{os.getpid()}-{time.time_ns()}"  # a name, so that it can be found and watched
+    name = f"selection-{os.getpid()}-{time.time_ns()}"  # so that it can be found and watched
+    selection = selecting.start(
+        name, config.select.count, config.select.by, config.resources.retries
     )
-    actor: Any = ray.remote(Selection).options(num_cpus=0, name=name)
-    selection = actor.remote(config.select.count, config.select.by)
+    instruments = Instruments(folder.root.name)
+    ended: Counter[bool] = Counter()
     task = driver.task_of(config, folder)
+
+    def see(status: Status) -> None:
+        instruments.status(status, ended[True], ended[False])
+        watch(status)
+
+    def hear(report: Report) -> None:
+        if isinstance(report, Result):
+            ended[report.error is None] += 1
+        listen(report)
+
     trainer = None
     workers = config.parent.workers
     if workers > 1:
@@ -60,27 +75,19 @@ def run(
         parent_trainer=trainer,
         parent_devices=workers if trainer else 0,
         notify=notify,
+        watch=see,
     )
     if trainer:
         trainer.data, trainer.rest = pool.data, pool.rest
 
     def choose(results: Mapping[str, Result]) -> list[Decision]:
-        try:
-            # A resumed run has children that this actor did not hear of.
-            ray.get(
-                [
-                    selection.report.remote(result)
-                    for result in results.values()
-                    if isinstance(result, ChildResult)
-                ]
-            )
-            return ray.get(selection.decide.remote())
-        except RayActorError:
-            notify("the selection actor died; its ranking was made again from the results")
-            return driver.decide(results, config.select.count, config.select.by)
+        decisions = selecting.decide(selection, results, notify)
+        if decisions is None:
+            decisions = driver.decide(results, config.select.count, config.select.by)
+        return decisions
 
     try:
-        return driver.run(config, data, folder, pool, cost=cost, listen=listen, choose=choose)
+        return driver.run(config, data, folder, pool, cost=cost, listen=hear, choose=choose)
     finally:
         pool.close()
         ray.kill(selection)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ray_subnets.recipes import ChildResult
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_subnets.recipes import ChildResult, Result
 from ray_subnets.selection import Decision, select
 
 
@@ -25,3 +32,41 @@ class Selection:
             by=self._by,
             errors={id: r.error for id, r in self._results.items() if r.error},
         )
+
+    def restarted(self) -> bool:
+        """Did it die and come back with nothing?"""
+        return ray.get_runtime_context().was_current_actor_reconstructed
+
+
+def start(name: str, count: int | None, by: str, restarts: int) -> Any:
+    """The actor, on this process's node if it can be: a node that leaves would take it along.
+
+    Ray starts it again when it dies, up to `restarts` times; a call that was under way is made
+    again, which changes nothing, since a result replaces itself.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    actor: Any = ray.remote(Selection).options(
+        name=name,
+        num_cpus=0,
+        max_restarts=restarts,
+        max_task_retries=restarts,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+    )
+    return actor.remote(count, by)
+
+
+def decide(
+    actor: Any, results: Mapping[str, Result], notify: Callable[[str], None]
+) -> list[Decision] | None:
+    """Its decisions, after it was told of every result: those of a resumed run, or of one in which
+    it died, it did not hear. None if it is dead for good."""
+    try:
+        if ray.get(actor.restarted.remote()):
+            notify("the selection actor died; it was started again and told every stored result")
+        children = [result for result in results.values() if isinstance(result, ChildResult)]
+        ray.get([actor.report.remote(result) for result in children])
+        decisions: list[Decision] = ray.get(actor.decide.remote())
+    except RayActorError:
+        notify("the selection actor died; its ranking was made again from the results")
+        return None
+    return decisions

@@ -1,0 +1,86 @@
+"""What a cluster has, and what one actor takes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from ray_subnets.config import ResourcesSection
+
+
+def alive() -> dict[str, dict[str, Any]]:
+    """Node id -> what Ray knows of the node, of all that are alive."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def here() -> str:
+    """The node this process runs on, as results name it: address and start of its id."""
+    node = ray.get_runtime_context().get_node_id()
+    return f"{ray.util.get_node_ip_address()}/{node[:8]}"
+
+
+def granted(gpus: float) -> str:
+    """The device that Ray gave to this process: `cuda:0` or `cpu`.
+
+    Args:
+        gpus: its share; below 1 it takes no more than that part of the GPU's memory.
+
+    Raises:
+        ValueError: Ray granted a GPU that torch cannot use.
+    """
+    if not ray.get_gpu_ids():  # torch sees only what Ray granted, numbered from 0
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "resources.gpus_per_actor: Ray counts GPUs here, but torch finds none; install a CUDA "
+            "build of torch, or set it to 0"
+        )
+    if gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
+    return "cuda:0"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one actor owns."""
+
+    cpus: float
+    gpus: float
+
+    @staticmethod
+    def of(resources: ResourcesSection, *, growing: bool) -> Share:
+        """From the settings, with what the cluster has for what they leave open.
+
+        Raises:
+            ValueError: no node can hold even one actor, and the cluster is not `growing` (an
+                autoscaler may still start such a node).
+        """
+        gpus = resources.gpus_per_actor
+        cluster = ray.cluster_resources()
+        if gpus is None:
+            gpus = 1.0 if cluster.get("GPU", 0) else 0.0
+        share = Share(resources.cpus_per_actor, gpus)
+        if not any(share.on(node["Resources"]) for node in alive().values()) and not growing:
+            raise ValueError(
+                f"resources: an actor needs {share}, and no node has them; the cluster has "
+                f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs in all"
+            )
+        return share
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+    def on(self, node: dict[str, float]) -> int:
+        """How many such actors a node with these resources holds."""
+        rooms = [node.get("CPU", 0) / self.cpus]
+        if self.gpus:
+            rooms.append(node.get("GPU", 0) / self.gpus)
+        return math.floor(min(rooms) + 1e-9)
+
+    def fit(self) -> int:
+        """How many such actors the whole cluster holds now; at least 1."""
+        return max(1, sum(self.on(node["Resources"]) for node in alive().values()))
