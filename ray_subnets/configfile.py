@@ -57,9 +57,9 @@ def _override(record: Any, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ValueError(f"{assignment!r}: an override is written key.path=value")
-    assign(
-        record, key, _yaml(f"[{text}]" if "," in text and not text.startswith("[") else text, key)
-    )
+    if "," in text and not text.startswith(("[", "{")):
+        text = f"[{text}]"
+    assign(record, key, _yaml(text, key))
 
 
 def assign(record: Any, key: str, value: Any) -> None:

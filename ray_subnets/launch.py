@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ray_subnets import commands_sweep
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -74,6 +76,10 @@ def run(
     folder: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")
     ] = None,
+    from_sweep: Annotated[
+        str | None,
+        typer.Option("--from-sweep", metavar="DIR", help="with the settings that a sweep chose"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
     ] = False,
@@ -88,7 +94,12 @@ def run(
     from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
 
-    settings = configfile.load(config, overrides or [])
+    if from_sweep:
+        from ray_subnets.sweep import run_config
+
+        settings = run_config(config, from_sweep, overrides or [])
+    else:
+        settings = configfile.load(config, overrides or [])
     target = folder or f"runs/{settings.name}"
     RunFolder.check_free(target, overwrite=overwrite)
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
@@ -153,6 +164,7 @@ def _do(
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
     from ray_subnets.population import SerialPool, Worker
+    from ray_subnets.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
@@ -176,7 +188,7 @@ def _do(
 
         if serial:
             task = driver.task_of(config, folder)
-            pool = SerialPool(Worker(task, data, _serial_device(config)))
+            pool = SerialPool(Worker(task, data, device_here(config)))
             record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
         else:
             record = ray_run.run(
@@ -192,13 +204,6 @@ def _do(
     page = report.write(folder)
     _show(record)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
-
-
-def _serial_device(config: Config) -> str:
-    import torch
-
-    wanted = config.resources.gpus_per_actor
-    return "cuda:0" if torch.cuda.is_available() and wanted != 0 else "cpu"
 
 
 @contextmanager
@@ -249,6 +254,9 @@ def report(run: RunArgument) -> None:
 
     folder = RunFolder.open(run, needs="result.json")
     out.print(str(report_.write(folder)), soft_wrap=True)
+
+
+app.command(no_args_is_help=True)(commands_sweep.sweep)
 
 
 def main() -> int:

@@ -55,37 +55,33 @@ def averaged(seeds: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict
     return means, errors
 
 
-def collect(
-    folder: RunFolder, sweep: Sweep, cells: Mapping[str, Mapping[str, Any]]
+def stored_seeds(
+    folder: RunFolder, sweep: Sweep, values: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """A record of every cell, with the seeds that are in the folder.
+    """What is in the folder of a cell, in the order of the sweep's seeds."""
+    found = (stored_trial(folder, values, seed) for seed in sweep.section.seeds)
+    return [record for record in found if record is not None]
+
+
+def collect(sweep: Sweep, cells: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A record of every cell.
 
     Args:
-        cells: id -> `values`, and what is known beside the files: `status` (waiting, running,
+        cells: id -> `values`, `seeds` (records that are there), `status` (waiting, running, done,
             stopped, failed), `error`, `worker`.
     """
     trials = []
-    for id, known in cells.items():
-        seeds = [
-            found
-            for seed in sweep.section.seeds
-            if (found := stored_trial(folder, known["values"], seed)) is not None
-        ]
-        for record in seeds:
-            record.pop("values", None)
-        status = known.get("status", "waiting")
-        if len(seeds) == len(sweep.section.seeds):
-            status = "done"
-        means, errors = averaged(seeds)
-        bound = sweep.section.kl_bound
+    bound = sweep.section.kl_bound
+    for id, cell in cells.items():
+        means, errors = averaged(cell["seeds"])
         trials.append(
             {
                 "id": id,
-                "values": dict(known["values"]),
-                "status": status,
-                "error": known.get("error"),
-                "worker": known.get("worker"),
-                "seeds": seeds,
+                "values": dict(cell["values"]),
+                "status": cell["status"],
+                "error": cell.get("error"),
+                "worker": cell.get("worker"),
+                "seeds": [{k: v for k, v in one.items() if k != "values"} for one in cell["seeds"]],
                 "mean": means,
                 "stderr": errors,
                 "inside": (bound is None or means["kl"] <= bound) if means else None,
@@ -184,12 +180,7 @@ def maps(sweep: Sweep, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def summarise(
-    folder: RunFolder,
-    sweep: Sweep,
-    cells: Mapping[str, Mapping[str, Any]],
-    *,
-    state: str,
-    **more: Any,
+    sweep: Sweep, cells: Mapping[str, Mapping[str, Any]], *, state: str, **more: Any
 ) -> dict[str, Any]:
     """The content of `sweep.json`.
 
@@ -197,7 +188,7 @@ def summarise(
         state: training parents, running, finished or stopped.
         more: `seconds`, `links`, `environment`, ...
     """
-    trials = collect(folder, sweep, cells)
+    trials = collect(sweep, cells)
     section = sweep.section
     chosen = choose(trials, section.by)
     by_id = {trial["id"]: trial for trial in trials}

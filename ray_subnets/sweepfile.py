@@ -10,11 +10,21 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
 from ray_subnets import configfile
@@ -60,10 +70,19 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _kind(value: Any) -> str:
+    return "range" if isinstance(value, dict | Range) else "list"
+
+
+Values = Annotated[
+    Annotated[tuple[Any, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+
+
 class SweepSection(Section):
     """What is swept and how."""
 
-    keys: Annotated[dict[str, tuple[Any, ...] | Range], Field(min_length=1)]
+    keys: Annotated[dict[str, Values], Field(min_length=1)]
     """a setting of the run -> its values, or for a search a range {low, high, log, integer}; a key
     that is not one of the run's own (`sigma`, `tune.lr`) is that of every group that has it"""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
@@ -157,6 +176,19 @@ class Sweep:
         lists = [values for values in keys.values() if not isinstance(values, Range)]
         return [dict(zip(keys, one, strict=True)) for one in itertools.product(*lists)]
 
+    def corners(self) -> list[dict[str, Any]]:
+        """Two cells: the first values, or lower ends, of all keys, and the last."""
+        ends: list[dict[str, Any]] = [{}, {}]
+        for key, values in self.section.keys.items():
+            if isinstance(values, Range):
+                pair: tuple[Any, Any] = (values.low, values.high)
+                pair = (int(pair[0]), int(pair[1])) if values.integer else pair
+            else:
+                pair = (values[0], values[-1])
+            for end, value in zip(ends, pair, strict=True):
+                end[key] = value
+        return ends
+
     def to_yaml(self) -> str:
         """The settings of the sweep, defaults included."""
         stream = io.StringIO()
@@ -219,11 +251,8 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
             f"{source}: sweep.keys: {count:,} cells are more than {MOST:,}; use a search, as in "
             "search: random, samples: 100"
         )
-    first = {k: v.low if isinstance(v, Range) else v[0] for k, v in checked.keys.items()}
-    ends = {k: v.high if isinstance(v, Range) else v[-1] for k, v in checked.keys.items()}
-    for cell in sweep.cells() or [first, ends]:
-        whole = {k: _whole(checked.keys[k], v) for k, v in cell.items()}
-        config = sweep.config(whole, checked.seeds[0])
+    for cell in sweep.cells() or sweep.corners():
+        config = sweep.config(cell, checked.seeds[0])
         if config.parent.workers > 1:
             raise ValueError(
                 f"{source}: parent.workers: a sweep trains each parent on one device; leave it out"
@@ -231,13 +260,10 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     return sweep
 
 
-def _whole(values: Any, value: Any) -> Any:
-    return int(value) if isinstance(values, Range) and values.integer else value
-
-
 def _one_line(error: ValidationError, source: str) -> str:
+    line = configfile.one_line(error, f"{source}: sweep").replace(": sweep: ", ": sweep.", 1)
     # The branch of `list or range` is no part of the key.
-    return configfile.one_line(error, f"{source}: sweep").replace(": sweep: ", ": sweep.", 1)
+    return re.sub(r"(: sweep\.keys\.\S+?)\.(?:list|range)\b", r"\1", line, count=1)
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Sweep:

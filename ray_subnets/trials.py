@@ -52,6 +52,12 @@ def data_key(config: Config) -> str:
     return json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
 
 
+def device_here(config: Config) -> str:
+    """Where this process works without Ray."""
+    gpu = torch.cuda.is_available() and config.resources.gpus_per_actor != 0
+    return "cuda:0" if gpu else "cpu"
+
+
 class _Maker(Worker):
     """A worker that keeps what it makes."""
 

@@ -33,12 +33,15 @@ FLOORS = [
     ["trials"],
     ["sweep"],
     ["table", "figures", "evaluation", "events", "progress"],
-    ["report"],
+    ["report", "sweepreport", "sweeptable"],
+    ["sweepmonitor"],
     ["distributed", "distributed.cluster", "distributed.selection", "distributed.devices"],
     ["distributed.instruments"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool"],
-    ["distributed.run"],
+    ["distributed.run", "distributed.sweepgauges"],
+    ["distributed.sweeps"],
+    ["commands_sweep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
