@@ -39,6 +39,8 @@ NOISE = TINY.replace(
     "  - {method: sparse, count: 2, partition: 2, tune: {epochs: 1, batch_size: 64}}\n", ""
 )
 
+FAILING = "keys: {tune.lr: [0.05, 1.0e+30], tune.batch_size: [32, 64]}"
+
 
 def parse(*overrides: str, text: str = TINY) -> Sweep:
     return sweepfile.parse(text, "tiny.yaml", overrides)
@@ -264,8 +266,9 @@ def test_nothing_is_done_twice(
 
 
 def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
-    text = NOISE.replace("[0.02, 0.2]", "[0.02, 3.0e+38]")
-    record = swept(tmp_path / "sweep", "sweep.seeds=[0]", text=text)
+    text = TINY.replace("  - {method: noisy, count: 4, sigma: 0.05}\n", "")
+    text = text.replace("keys: {children.0.sigma: [0.02, 0.2], density: [0.3, 1.0]}", FAILING)
+    record = swept(tmp_path / "sweep", "sweep.seeds=[0]", "select.count=2", text=text)
     status = [trial["status"] for trial in record["trials"]]
     assert status == ["done", "done", "failed", "failed"]
     assert "every child failed" in record["trials"][2]["error"]
