@@ -45,6 +45,8 @@ chaos: setup
 bench: setup
 	$(BIN)/python -m analysis.benchmarks.training_step
 	$(BIN)/python -m analysis.benchmarks.children
+	$(BIN)/python -m analysis.benchmarks.distributed
+	$(BIN)/python -m analysis.benchmarks.population_128
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup

@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 
 from analysis.groups import frame
 from analysis.seeds import cell, records
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, runs
 from ray_subnets.figures import BLUE, ORANGE, RED, SKY
 
 METHODS = {"one_shot": ORANGE, "iterative": RED, "uniform": SKY, "temperature": BLUE}
 
 
-def _runs(root: Path, name: str) -> list[str]:
-    return sorted(str(path.parent) for path in root.glob(f"study_{name}-*/result.json"))
+def _runs(root: str, name: str) -> list[str]:
+    return runs(root, f"study_{name}-*")
 
 
 def _value(label: str, key: str) -> float:
@@ -35,7 +35,7 @@ def _value(label: str, key: str) -> float:
     return float(label.split(f"{key}=")[1].split("-")[0])
 
 
-def sparsity(axes: Axes, root: Path) -> None:
+def sparsity(axes: Axes, root: str) -> None:
     """Fig 5.4, right: accuracy against sparsity, connections and neurons."""
     table = frame(records(_runs(root, "sparsity")))
     groups = table[table["kind"] == "group"].copy()
@@ -49,7 +49,7 @@ def sparsity(axes: Axes, root: Path) -> None:
     axes.set(xlabel="sparsity", ylabel="ensemble accuracy, %", title="Fig 5.4: what is removed")
 
 
-def size(axes: Axes, root: Path) -> None:
+def size(axes: Axes, root: str) -> None:
     """Fig 5.5, left: accuracy against ensemble size."""
     curves = []
     for run in _runs(root, "size"):
@@ -67,7 +67,7 @@ def size(axes: Axes, root: Path) -> None:
     axes.minorticks_off()
 
 
-def noise(axes: Axes, root: Path) -> None:
+def noise(axes: Axes, root: str) -> None:
     """Fig 4.3, top right: a child's accuracy against its KL divergence from the parent."""
     rows = []
     for run in _runs(root, "noise"):
@@ -98,10 +98,10 @@ def noise(axes: Axes, root: Path) -> None:
     )
 
 
-def annealing(schedule: str) -> Callable[[Axes, Path], None]:
+def annealing(schedule: str) -> Callable[[Axes, str], None]:
     """Table 6.1: accuracy minus the one-shot child's, random targets, at one schedule."""
 
-    def draw(axes: Axes, root: Path) -> None:
+    def draw(axes: Axes, root: str) -> None:
         table = frame(records(_runs(root, "annealing")))
         groups = table[table["kind"] == "group"].copy()
         groups["sparsity"] = [_value(label, "sparsity") for label in groups["group"]]
@@ -144,7 +144,7 @@ TABLE_6_1 = {  # accuracy, %, at 50, 70, 90, 95, 98 % sparsity, ResNet-18 on CIF
 }
 
 
-def annealing_table(root: Path) -> str:
+def annealing_table(root: str) -> str:
     """Table 6.1, ours with the dissertation's in brackets, as Markdown."""
     table = frame(records(_runs(root, "annealing")))
     levels = (0.5, 0.7, 0.9, 0.95, 0.98)
@@ -165,7 +165,7 @@ def annealing_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-PANELS: dict[str, list[Callable[[Axes, Path], None]]] = {
+PANELS: dict[str, list[Callable[[Axes, str], None]]] = {
     "sparsity": [sparsity],
     "size": [size],
     "noise": [noise],
@@ -175,17 +175,22 @@ PANELS: dict[str, list[Callable[[Axes, Path], None]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="One figure of all studies that were run.")
-    parser.add_argument("root", type=Path, metavar="RUNS", help="folder that holds study_NAME-SEED")
+    parser.add_argument("root", metavar="RUNS", help="folder or URI that holds study_NAME-SEED")
     parser.add_argument("--figure", type=Path, required=True, help="the .png to write")
     arguments = parser.parse_args()
-    panels = [draw for name, some in PANELS.items() if _runs(arguments.root, name) for draw in some]
+    try:
+        found = [name for name in PANELS if _runs(arguments.root, name)]
+    except ValueError as error:
+        print(f"analysis.studies: {error}", file=sys.stderr)
+        return 2
+    panels = [draw for name in found for draw in PANELS[name]]
     if not panels:
         print(
             f"analysis.studies: no study_NAME-SEED in {arguments.root}; make study NAME=study_size",
             file=sys.stderr,
         )
         return 2
-    if _runs(arguments.root, "annealing"):
+    if "annealing" in found:
         print(annealing_table(arguments.root))
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}

@@ -1,4 +1,4 @@
-"""The run folder on disk: atomic writes, verified reads, no pickle.
+"""The run folder: atomic writes, verified reads, no pickle.
 
 config.yaml        the resolved configuration        parent.safetensors
 environment.json   versions, command, commit         single.safetensors
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,19 +23,43 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ray_subnets import storage
 from ray_subnets.recipes import Stored
 
 CONFIG = "config.yaml"
 
 
+class WriteFailed(ValueError):
+    """A file of the run folder could not be written; the message says which, why, and what then."""
+
+
 class RunFolder:
-    """A folder that belongs to one run."""
+    """A folder that belongs to one run: a path, or a URI that pyarrow opens.
+
+    Raises:
+        ValueError: everywhere: what storage refuses, in one line.
+    """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).absolute()
+        self._place = storage.place(root)
 
     def __str__(self) -> str:
-        return str(self.root)
+        return self._place.path()
+
+    def path(self, name: str) -> str:
+        """Where a file is, as a person would write it."""
+        return self._place.path(name)
+
+    @property
+    def name(self) -> str:
+        """The last part of where it is."""
+        return str(self).partition("?")[0].rsplit("/", 1)[-1]
+
+    @property
+    def root(self) -> Path:
+        """The folder itself, if it is on this machine."""
+        assert isinstance(self._place, storage.LocalPlace), self
+        return self._place.root
 
     @staticmethod
     def check_free(root: str | Path, *, overwrite: bool = False) -> None:
@@ -45,17 +67,17 @@ class RunFolder:
 
         Raises:
             ValueError: something is there already and `overwrite` is not set, or it is set and
-                what is there is not a run folder.
+                what is there is not a run folder; or storage does not answer.
         """
-        path = Path(root)
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        folder = RunFolder(root)
+        if folder._state("--out") in ("absent", "empty"):
             return
         if not overwrite:
             raise ValueError(
                 f"--out: {root} is already used; choose another --out, add --overwrite, or "
                 f"continue it with 'ray-subnets resume {root}'"
             )
-        if not (path / CONFIG).is_file():
+        if not folder.exists(CONFIG):
             raise ValueError(
                 f"--overwrite: {root} is not a run folder (no {CONFIG}); nothing was deleted"
             )
@@ -69,12 +91,12 @@ class RunFolder:
         """
         RunFolder.check_free(root, overwrite=overwrite)
         folder = RunFolder(root)
-        if overwrite and folder.root.exists():
-            shutil.rmtree(folder.root)
         try:
-            folder.root.mkdir(parents=True, exist_ok=True)
+            if overwrite and folder._place.state() != "absent":
+                folder._place.clear()
+            folder._place.make()
         except OSError as error:
-            raise ValueError(f"--out: cannot create {root}: {error.strerror}") from None
+            raise ValueError(f"--out: cannot create {root}: {storage.reason(error)}") from None
         return folder
 
     @staticmethod
@@ -85,41 +107,84 @@ class RunFolder:
             ValueError: no such folder, or it lacks the file `needs`.
         """
         folder = RunFolder(root)
-        if not folder.root.is_dir():
+        if folder._state("RUN") in ("absent", "file"):
             raise ValueError(f"RUN: no such folder: {root}")
-        if not (folder.root / CONFIG).is_file():
+        if not folder.exists(CONFIG):
             raise ValueError(f"RUN: {root} is not a run folder (no {CONFIG} in it)")
-        if not (folder.root / needs).is_file():
+        if not folder.exists(needs):
             raise ValueError(
                 f"RUN: {root} has no {needs}: the run did not finish; "
                 f"continue it with 'ray-subnets resume {root}'"
             )
         return folder
 
+    def _state(self, who: str) -> storage.State:
+        try:
+            return self._place.state()
+        except OSError as error:
+            raise ValueError(f"{who}: cannot look into {self}: {storage.reason(error)}") from None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if it is not there.
+
+        Raises:
+            ValueError: storage does not say.
+        """
+        try:
+            return self._place.size(name)
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
     def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+        return self.size(name) is not None
 
     def remove(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
+        """Delete a file, if it is there.
+
+        Raises:
+            WriteFailed: it cannot be deleted.
+        """
+        try:
+            self._place.delete(name)
+        except OSError as error:
+            raise self._unwritable(name, error) from None
 
     # --- bytes ---
 
     def write(self, name: str, content: bytes) -> Stored:
-        """Write a file so that readers see the old content or the new, never a part."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        """Write a file so that readers see the old content or the new, never a part.
+
+        Raises:
+            WriteFailed: the disk is full, the folder read-only, the server gone, ...
+        """
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            self._place.write(name, content)
+        except OSError as error:
+            raise self._unwritable(name, error) from None
         return Stored(file=name, sha256=hashlib.sha256(content).hexdigest())
+
+    def append(self, name: str, content: bytes) -> bool:
+        """Add to a log whose last lines may be lost; False if this storage only writes whole files.
+
+        Raises:
+            WriteFailed: see `write`.
+        """
+        try:
+            return self._place.append(name, content)
+        except OSError as error:
+            raise self._unwritable(name, error) from None
+
+    def _unwritable(self, name: str, error: OSError) -> WriteFailed:
+        return WriteFailed(
+            f"{self.path(name)}: cannot be written ({storage.reason(error)}); make room or mend "
+            f"it, then 'ray-subnets resume {self}'"
+        )
+
+    def _unreadable(self, name: str, error: OSError) -> ValueError:
+        return ValueError(
+            f"{self.path(name)}: cannot be read ({storage.reason(error)}); restore it from a copy, "
+            f"or make it again with 'ray-subnets resume {self}'"
+        )
 
     def read(self, file: str | Stored) -> bytes:
         """The bytes of a file; if `file` says what its hash is, they have that hash.
@@ -128,23 +193,19 @@ class RunFolder:
             ValueError: the file is missing, or its content is not what was written.
         """
         name = file.file if isinstance(file, Stored) else file
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root.resolve()):
+        if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(
-                f"{self.root}/ensemble.json: {name!r} points out of the run folder; "
-                f"'ray-subnets resume {self.root}' writes it again"
+                f"{self.path('ensemble.json')}: {name!r} points out of the run folder; "
+                f"'ray-subnets resume {self}' writes it again"
             )
         try:
-            content = path.read_bytes()
+            content = self._place.read(name)
         except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be read ({error.strerror}); restore it from a copy, or make it "
-                f"again with 'ray-subnets resume {self.root}'"
-            ) from None
+            raise self._unreadable(name, error) from None
         if isinstance(file, Stored) and hashlib.sha256(content).hexdigest() != file.sha256:
             raise ValueError(
-                f"{path}: damaged or changed since it was written (SHA-256 differs); restore it "
-                f"from a copy, or make it again with 'ray-subnets resume {self.root}'"
+                f"{self.path(name)}: damaged or changed since it was written (SHA-256 differs); "
+                f"restore it from a copy, or make it again with 'ray-subnets resume {self}'"
             )
         return content
 
@@ -157,7 +218,7 @@ class RunFolder:
         try:
             return json.loads(self.read(name))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.root / name}: not valid JSON ({error})") from None
+            raise ValueError(f"{self.path(name)}: not valid JSON ({error})") from None
 
     # --- tensors ---
 
@@ -173,7 +234,7 @@ class RunFolder:
             return safetensors.torch.load(content)
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(
-                f"{self.root / name}: not an intact safetensors file ({error})"
+                f"{self.path(name)}: not an intact safetensors file ({error})"
             ) from None
 
     # --- arrays ---
@@ -189,4 +250,18 @@ class RunFolder:
             with np.load(BytesIO(self.read(file)), allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
-            raise ValueError(f"{self.root / name}: not an intact .npz file ({error})") from None
+            raise ValueError(f"{self.path(name)}: not an intact .npz file ({error})") from None
+
+
+def runs(root: str | Path, pattern: str) -> list[str]:
+    """The finished runs in a folder of runs, by name: `runs("s3://bucket/runs", "map-*")`.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    place = storage.place(root)
+    try:
+        names = [name for name in place.folders() if fnmatch(name, pattern)]
+        return [place.path(name) for name in names if place.size(f"{name}/result.json") is not None]
+    except OSError as error:
+        raise ValueError(f"{root}: cannot be read ({storage.reason(error)})") from None

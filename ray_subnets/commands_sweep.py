@@ -72,6 +72,8 @@ def sweep(
         return
     settings = load(config, overrides or [])
     where = folder or f"runs/{settings.name}"
+    if "://" in where:
+        raise ValueError(f"--out: a sweep needs a folder on a file system, not {where}")
     RunFolder.check_free(where, overwrite=overwrite)
     target = RunFolder.create(where, overwrite=overwrite)
     target.write(CONFIG, settings.to_yaml().encode())

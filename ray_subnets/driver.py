@@ -20,7 +20,7 @@ from ray_subnets import configfile, datasets, environment, models
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.config import Config, ModelSection
 from ray_subnets.data import Data, Preprocess
-from ray_subnets.ensemble import Ensemble, greedy
+from ray_subnets.ensemble import Ensemble, greedy, right_class
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.groups import Section
@@ -29,14 +29,7 @@ from ray_subnets.population import (
     Report,
     Task,
 )
-from ray_subnets.recipes import (
-    ChildResult,
-    ChildSpec,
-    Fit,
-    Job,
-    Result,
-    Stored,
-)
+from ray_subnets.recipes import ChildResult, ChildSpec, Fit, Job, Note, Result, Stored
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import load_weights, needs_parent, restore, stored_result
@@ -187,7 +180,7 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
 
     def submit(job: Job) -> None:
         submitted.add(job.id)
-        known = stored_result(folder, job)
+        known = stored_result(folder, job, lambda line: listen(Note(job.id, line)))
         if known is not None:
             results[job.id] = known
             listen(known)
@@ -238,14 +231,19 @@ def _choose(config: Config) -> Select:
 def _greedy(
     config: Config, folder: RunFolder, decisions: Sequence[Decision]
 ) -> list[tuple[str, float]]:
-    """Forward selection among children that did not fail, on validation data."""
+    """Forward selection among children that did not fail, on validation data.
+
+    Any of them may join at any step, so every child's probabilities of the right class are kept
+    in memory, `(K, N)`; of their outputs one child's at a time.
+    """
     alive = sorted(decision.id for decision in decisions if decision.rank is not None)
     if not alive:
         return []
-    outputs = load_outputs(folder, alive, "validation")
-    return [
-        (alive[i], nll) for i, nll in greedy(outputs.logits, outputs.labels, config.select.count)
-    ]
+    right = []
+    for id in alive:
+        outputs = load_outputs(folder, [id], "validation")
+        right.append(right_class(outputs.logits[0], outputs.labels))
+    return [(alive[i], nll) for i, nll in greedy(torch.stack(right), config.select.count)]
 
 
 def decide(results: Mapping[str, Result], count: int | None, by: str) -> list[Decision]:
@@ -336,7 +334,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
     """The ensemble of a finished run, ready to predict.
 
     Args:
-        run: a run folder.
+        run: a run folder: a path, or a URI like `s3://bucket/runs/quickstart`.
 
     Returns:
         A module in evaluation mode: inputs `(N, *shape)` -> probabilities `(N, C)`.

@@ -48,7 +48,7 @@ def evaluate(run: str | Path) -> Outcome:
     folder = RunFolder.open(run, needs="result.json")
     record = folder.read_json("result.json")
     config = driver.config_of(folder)
-    ensemble = driver.load(folder.root)
+    ensemble = driver.load(str(folder))
     data = driver.load_data(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.resources.threads)

@@ -49,13 +49,23 @@ class Flat:
         return result
 
 
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a vector."""
+    return -(-tensor.nbytes // _ALIGN) * _ALIGN
+
+
+def flat_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Length of the vector that `flatten` would make."""
+    return sum(map(_room, tensors.values()))
+
+
 def flatten(tensors: Mapping[str, Tensor]) -> Flat:
     """Copy tensors of any device and dtype into one vector."""
     layout, offset = [], 0
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         layout.append(Entry(name, dtype, tuple(tensor.shape), offset))
-        offset += -(-tensor.nbytes // _ALIGN) * _ALIGN
+        offset += _room(tensor)
     vector = np.zeros(offset, dtype=np.uint8)
     flat = Flat(vector, tuple(layout))
     for name, view in flat.tensors().items():

@@ -48,7 +48,7 @@ out = Console()
 err = Console(stderr=True)
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run folder, e.g. runs/quickstart")
+    str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 Serial = Annotated[
@@ -74,7 +74,12 @@ def run(
         typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME")
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="PLACE",
+            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default runs/NAME",
+        ),
     ] = None,
     from_sweep: Annotated[
         str | None,
@@ -82,6 +87,13 @@ def run(
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="start nothing; print what the run would do and take, here or on --address",
+        ),
     ] = False,
     serial: Serial = False,
     address: Address = None,
@@ -101,8 +113,48 @@ def run(
     else:
         settings = configfile.load(config, overrides or [])
     target = folder or f"runs/{settings.name}"
+    if plan:
+        return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
     _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
+
+
+def _plan(config: Config, target: str, serial: bool, address: str | None) -> None:
+    """Print a plan; exit code 1 if the run could not begin."""
+    import os
+    import shutil
+
+    import torch
+
+    from ray_subnets import driver, plan_table
+    from ray_subnets import plan as plan_
+    from ray_subnets.flops import forward_cost
+
+    sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    data = driver.load_data(config)
+    cost = forward_cost(driver.build(config, data), data.input_shape)
+    nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    if address and not serial:
+        from ray_subnets.distributed import cluster, devices
+
+        with cluster.session(address):
+            nodes = devices.nodes()
+    free = None
+    if "://" not in target:
+        there = next(path for path in Path(target).absolute().parents if path.exists())
+        free = shutil.disk_usage(there).free
+    planned = plan_.plan(config, data, cost, nodes, serial=serial)
+    out.print(plan_table.table(planned, free))
+    for line in planned.hints:
+        out.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    need = planned.kept_bytes + planned.checkpoint_bytes
+    problems = [planned.missing] if planned.missing else []
+    if free is not None and free < need:
+        problems.append(f"the run needs {need:,} bytes of disk and {free:,} are free at {target}")
+    for line in problems:
+        out.print(f"Missing: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command(no_args_is_help=True)
@@ -178,7 +230,7 @@ def _do(
             stack.enter_context(cluster.session(address))
         folder = make()
         cost = driver.prepare(config, data, folder)
-        events = Events(folder.root)
+        events = Events(folder, view.note)
         stack.callback(events.close)
         stack.enter_context(_interruptible(folder))
 
@@ -201,9 +253,9 @@ def _do(
                 watch=view.status,
                 growing=bool(address),
             )
-    page = report.write(folder)
     _show(record)
-    out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder.root)!r})", soft_wrap=True)
+    page = report.write(folder)
+    out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
 
 
 @contextmanager
@@ -212,7 +264,7 @@ def _interruptible(folder: RunFolder) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         err.print(
-            f"Stopped. What was computed is kept: ray-subnets resume {folder.root}", soft_wrap=True
+            f"Stopped. What was computed is kept: ray-subnets resume {folder}", soft_wrap=True
         )
         raise typer.Exit(130) from None
 

@@ -12,18 +12,18 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ray_subnets import metrics, models, sparse, supervised, trust_region
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
-from ray_subnets.masks import Masks
 from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
@@ -31,18 +31,19 @@ from ray_subnets.recipes import (
     Fault,
     Fit,
     Job,
+    Note,
     Result,
     Solve,
-    SolveResult,
     Stored,
     Training,
     derive,
 )
+from ray_subnets.recipes import Task as Task
 from ray_subnets.selection import fitness_of
 from ray_subnets.spawning import (
     METHODS,
     Anatomy,
-    Subnetwork,
+    Made,
     anatomy,
     anneals,
     removable,
@@ -51,7 +52,9 @@ from ray_subnets.spawning import (
     without_removed,
 )
 from ray_subnets.stored import (
+    check_room,
     checkpoint_name,
+    kept_fractions,
     kind_of,
     load_checkpoint,
     pack_child,
@@ -61,22 +64,7 @@ from ray_subnets.stored import (
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
-Report = Epoch | Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What every worker of a run knows."""
-
-    folder: str
-    model: str
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    fitness: str = "nll"
-    threads: int = 1
-    """torch threads of a job: part of the numbers, since sums are split over threads"""
-    channels_last: bool = True
-    import_from: str = ""
-    """folder where the user's own modules lie (the driver's working folder)"""
+Report = Epoch | Note | Result
 
 
 class Pool(Protocol):
@@ -94,19 +82,6 @@ class Pool(Protocol):
     @property
     def faults(self) -> Sequence[Fault]:
         """What went wrong and was handled, in the order of time."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished child."""
-
-    model: nn.Module
-    subnetwork: Subnetwork
-    body: Anatomy
-    masks: Masks
-    """as they are after tuning"""
-    images: int
-    """training images seen"""
 
 
 class Worker:
@@ -130,6 +105,8 @@ class Worker:
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
+        self._troubles: list[str] = []  # of the job at hand
+        self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
         self.node = node or socket.gethostname()
         if self.device.type == "cuda":
@@ -146,41 +123,79 @@ class Worker:
 
         Goes on from the job's last checkpoint if there is one. A job that diverges is done once
         more from there: numbers that are not finite again are the recipe's doing, others were
-        the machine's. A child that diverges gives a result with an error; so does the single
-        model. A diverging parent raises `Diverged`.
+        the machine's. A child that diverges gives a result with an error, and so does one that
+        cannot be written; so does the single model. What could not be written is not in the
+        folder, and is done when the run is resumed.
+
+        Raises:
+            ValueError: the parent diverged, or could not be written.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         self._started, self._earlier, self._timings = time.time(), None, {}
+        self._troubles = []
         try:
             try:
-                try:
-                    result = yield from self._run(job)
-                except Diverged as error:
-                    once = f"done again from the last checkpoint, since {error}"
-                    result = yield from self._run(job)
-                    result = replace(result, notes=(*result.notes, once))
-            except Diverged as error:
+                self._check_room(job)
+                result = self._signed((yield from self._run_twice(job)), attempt)
+                if self.primary:
+                    store_result(self.folder, result)
+            except (Diverged, WriteFailed) as error:
                 if job.id == "parent":
                     raise
-                result = kind_of(job)(id=job.id, error=str(error))
-            seconds = time.time() - self._started
-            result = replace(
-                result,
-                started=self._started,
-                seconds=seconds,
-                device_seconds=(self._earlier or 0.0) + seconds,
-                timings=self._timings,
-                worker=self.name,
-                node=self.node,
-                attempts=attempt,
-            )
-            if self.primary:
-                store_result(self.folder, result)
-                self.folder.remove(checkpoint_name(job))
+                self._unsure = isinstance(error, WriteFailed)
+                result = self._signed(kind_of(job)(id=job.id, error=str(error)), attempt)
+                if not self._unsure:
+                    with suppress(WriteFailed):  # it will be found to diverge again
+                        store_result(self.folder, result)
+            if self.primary and not self._unsure:
+                with suppress(WriteFailed):  # a checkpoint that stays takes space, no more
+                    self.folder.remove(checkpoint_name(job))
             yield result
         finally:
             torch.set_num_threads(threads)
+
+    def _run_twice(self, job: Job) -> Generator[Epoch | Note, None, Result]:
+        """`_run`, once more if it diverges."""
+        try:
+            return (yield from self._run(job))
+        except Diverged as error:
+            once = f"done again from the last checkpoint, since {error}"
+            result = yield from self._run(job)
+            return replace(result, notes=(*result.notes, once))
+
+    def _signed(self, result: Result, attempt: int) -> Result:
+        """With who did it, and what it took until now."""
+        seconds = time.time() - self._started
+        return replace(
+            result,
+            started=self._started,
+            seconds=seconds,
+            device_seconds=(self._earlier or 0.0) + seconds,
+            timings=self._timings,
+            worker=self.name,
+            node=self.node,
+            attempts=attempt,
+            troubles=tuple(self._troubles),
+        )
+
+    def _check_room(self, job: Job) -> None:
+        """After a job that could not be written: would the outputs of this one find room?
+
+        Asked before hours are spent on it.
+
+        Raises:
+            WriteFailed: no.
+        """
+        if self._unsure:
+            data = self.data
+            answers = len(data.validation) + len(data.test)
+            check_room(self.folder, f"outputs/{job.id}.npz", 4 * data.num_classes * answers)
+            self._unsure = False
+
+    def _trouble(self, job: Job, line: str) -> Note:
+        self._troubles.append(line)
+        return Note(job.id, line)
 
     def build(self, seed: int) -> nn.Module:
         """The run's network with initial weights drawn from `seed`, on this device."""
@@ -195,7 +210,7 @@ class Worker:
         )
         return model.to(self.device)
 
-    def _run(self, job: Job) -> Generator[Epoch, None, Result]:
+    def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
@@ -206,40 +221,25 @@ class Worker:
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
         if isinstance(job, Solve):
-            return self._solve(job)
+            model, first = self.build(seed=0), job.draws[0]
+            whole = self.batches(500, first.training_seed) if first.recompute_norm else None
+            body = self.anatomy(model, first)
+            return trust_region.search(job, self.parent, body, model, self.data, whole)
         return (yield from self._run_child(job))
 
-    def _solve(self, job: Solve) -> SolveResult:
-        """The noise of a KL target, on validation data.
-
-        Raises:
-            ValueError: the target cannot be met; the message names the job.
-        """
-        first, data = job.draws[0], self.data
-        model = self.build(seed=0)
-        images = data.validation.images[torch.arange(min(job.samples, len(data.validation)))]
-
-        def answers(weights: Mapping[str, Tensor]) -> Tensor:
-            model.load_state_dict(dict(weights))
-            if first.recompute_norm and weights is not self.parent:
-                supervised.recompute_norm(model, self.batches(500, first.training_seed))
-            return supervised.predict(model, images, data.preprocess)
-
-        return trust_region.search(job, self.parent, self.anatomy(model, first), answers)
-
-    def _run_child(self, spec: ChildSpec) -> Generator[Epoch, None, Result]:
+    def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
         made = yield from self.make(spec)
         model, method = made.model, METHODS[spec.method]
         stored = None
         packed = pack_child(model, spec, made.subnetwork, made.masks)
         if packed:
             stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = _kept(model, made.body, made.masks if method.prunes else {})
+        kept = kept_fractions(model, made.body, made.masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
         result = self.finish(spec, model, stored, made.images)
         return replace(result, kept=kept, notes=notes)
 
-    def make(self, spec: ChildSpec) -> Generator[Epoch, None, Made]:
+    def make(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Made]:
         """Spawn and tune; the generator's return value is the finished child."""
         model = self.build(seed=0)
         body = self.anatomy(model, spec)
@@ -284,13 +284,16 @@ class Worker:
         *,
         data: Data | None = None,
         topology: Topology | None = None,
-    ) -> Generator[Epoch, None, int]:
+    ) -> Generator[Epoch | Note, None, int]:
         """Train with a checkpoint after every epoch but the last; returns images seen."""
         optimizer = supervised.make_optimizer(model, training)
-        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer)
+        said: list[str] = []
+        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer, said.append)
+        for line in said:
+            yield self._trouble(job, line)
         if self._earlier is None:  # not where a diverged job starts again: that time is counted
             self._earlier = earlier
-        began = time.time()
+        began, lost = time.time(), False
         self._timings["spawn"] = began - self._started
         loop = supervised.train(
             self.parallel(model),
@@ -307,7 +310,15 @@ class Worker:
             images += report.images
             if self.primary and report.epoch < report.epochs:
                 seconds = self._earlier + time.time() - self._started
-                save_checkpoint(self.folder, job, model, optimizer, report.epoch, images, seconds)
+                try:
+                    save_checkpoint(
+                        self.folder, job, model, optimizer, report.epoch, images, seconds
+                    )
+                except WriteFailed as error:  # the next may find room; training loses nothing
+                    if not lost:
+                        lost = True
+                        why = str(error).split(";")[0]
+                        yield self._trouble(job, f"no checkpoint: {why}; it goes on without")
             yield report
         self._timings["train"] = time.time() - began
         return images
@@ -381,16 +392,3 @@ class SerialPool:
     def reports(self) -> Iterator[Report]:
         while self._queue:
             yield from self._worker.run(self._queue.popleft())
-
-
-def _kept(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
-    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    kept = {}
-    for name, shape in body.parameters.items():
-        left = sizes.get(name, 0)
-        if name in masks and left == shape.numel():
-            left = int(masks[name].sum())
-        if left < shape.numel():
-            kept[name] = left / shape.numel()
-    return kept

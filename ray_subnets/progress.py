@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Job, Result, SolveResult, Status
+from ray_subnets.recipes import Epoch, Job, Note, Result, SolveResult, Status
 
 
 class View(Protocol):
@@ -118,6 +118,9 @@ class Bars:
         self._progress.line = "  " + ", ".join(_where(self._status, self._failed))
 
     def __call__(self, report: Report) -> None:
+        if isinstance(report, Note):
+            self.note(report.line)
+            return
         if isinstance(report, Epoch):
             row = self._rows.get(report.id)
             if row is None:
@@ -173,6 +176,9 @@ class Lines:
         self._status = status
 
     def __call__(self, report: Report) -> None:
+        if isinstance(report, Note):
+            self.note(report.line)
+            return
         if isinstance(report, Epoch):
             self._completed += report.epoch - self._seen[report.id]
             self._seen[report.id] = report.epoch

@@ -7,6 +7,7 @@ bytes of JSON. Bounds are written once, as annotations; `config.py` enforces the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -190,6 +191,21 @@ Job = Fit | ChildSpec | Solve
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every worker of a run knows."""
+
+    folder: str
+    model: str
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    fitness: str = "nll"
+    threads: int = 1
+    """torch threads of a job: part of the numbers, since sums are split over threads"""
+    channels_last: bool = True
+    import_from: str = ""
+    """folder where the user's own modules lie (the driver's working folder)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Epoch:
     """One epoch of one job is done."""
 
@@ -205,6 +221,14 @@ class Epoch:
     """training images seen in the epoch"""
     seconds: float
     """wall time of the epoch"""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something happened to a job that a person should know; the job goes on."""
+
+    id: str
+    line: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +273,8 @@ class Result:
     """weight -> fraction of it that is left; weights that are whole are left out"""
     notes: tuple[str, ...] = ()
     """what a user should know of this network: one line each"""
+    troubles: tuple[str, ...] = ()
+    """what went wrong on the way and was mended: the network is the same without it"""
     error: str | None = None
     """why there is no network: one line"""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from ray_subnets.summary import Scores
 _MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
 
 
-def write(folder: RunFolder) -> Path:
-    """Write `report.html` of a finished run.
+def write(folder: RunFolder) -> str:
+    """Write `report.html` of a finished run; returns where it is.
 
     Raises:
         ValueError: the run is not finished, or a file of it is damaged.
@@ -32,7 +31,7 @@ def write(folder: RunFolder) -> Path:
             f"{folder}/result.json: incomplete or of another version ({error})"
         ) from None
     folder.write("report.html", page.encode())
-    return folder.root / "report.html"
+    return folder.path("report.html")
 
 
 def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:

@@ -285,6 +285,19 @@ class Child:
     subnetwork: Subnetwork
 
 
+@dataclass(frozen=True)
+class Made:
+    """A finished child."""
+
+    model: nn.Module
+    subnetwork: Subnetwork
+    body: Anatomy
+    masks: Masks
+    """as they are after tuning"""
+    images: int
+    """training images seen"""
+
+
 def spawn_weights(parent: Weights, body: Anatomy, spec: ChildSpec) -> Child:
     """Weights of the child `spec` of `parent`; the parent's tensors are read, never written.
 

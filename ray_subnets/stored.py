@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Solve, SolveResult, Stored
 from ray_subnets.spawning import (
     METHODS,
+    Anatomy,
     Subnetwork,
     anatomy,
     removable,
@@ -25,9 +28,18 @@ from ray_subnets.spawning import (
     without_removed,
 )
 
+Say = Callable[[str], None]
+_SEAL = "checksum"
+
 
 def store_result(folder: RunFolder, result: Result) -> None:
-    folder.write_json(f"results/{result.id}.json", asdict(result))
+    """Write `results/ID.json`, with a hash of itself, since JSON would not show a changed digit.
+
+    Raises:
+        WriteFailed: see `RunFolder.write`.
+    """
+    record = asdict(result)
+    folder.write_json(f"results/{result.id}.json", record | {"sha256": _hash(record)})
 
 
 def kind_of(job: Job) -> type[Result]:
@@ -37,27 +49,53 @@ def kind_of(job: Job) -> type[Result]:
     return SolveResult if isinstance(job, Solve) else Result
 
 
-def stored_result(folder: RunFolder, job: Job) -> Result | None:
+def _hash(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored_result(folder: RunFolder, job: Job, say: Say = lambda line: None) -> Result | None:
     """The result of a job that was finished before; None if there is none that can be used.
 
     A damaged or missing file of it is as good as no result: the job is done again and gives the
     same bytes.
+
+    Args:
+        say: called with one line if there is a result that cannot be used.
     """
     name = f"results/{job.id}.json"
     if not folder.exists(name):
         return None
     try:
         record = folder.read_json(name)
+        seal = record.pop("sha256", None)  # folders of version 0.2.0 have none
+        if seal is not None and seal != _hash(record):
+            raise ValueError(f"{folder.path(name)}: damaged or changed since it was written")
         for key in ("weights", "outputs"):
             record[key] = Stored(**record[key]) if record[key] else None
             if record[key]:
                 folder.read(record[key])
-        for key in ("notes", "sigmas"):
-            if key in record:
-                record[key] = tuple(record[key])
+        for key in ("notes", "troubles"):
+            record[key] = tuple(record.get(key, ()))
+        if "sigmas" in record:
+            record["sigmas"] = tuple(record["sigmas"])
         return kind_of(job)(**record)
-    except (TypeError, KeyError, ValueError):
-        return None
+    except (TypeError, KeyError, AttributeError) as error:
+        say(f"{folder.path(name)}: not a result ({error}); {job.id} is done again")
+    except ValueError as error:
+        say(f"{str(error).split(';')[0]}; {job.id} is done again")
+    return None
+
+
+def check_room(folder: RunFolder, name: str, size: int) -> None:
+    """Could a file of `size` bytes be written now?
+
+    Raises:
+        WriteFailed: no.
+    """
+    probe = f"{name}.room"
+    folder.write(probe, bytes(size))
+    folder.remove(probe)
 
 
 def checkpoint_name(job: Job) -> str:
@@ -70,6 +108,17 @@ def _digest(job: Job) -> Tensor:
     return torch.from_numpy(np.frombuffer(hashlib.sha256(text).digest(), dtype=np.uint8).copy())
 
 
+def _checksum(state: Mapping[str, Tensor]) -> Tensor:
+    """CRC-32 of names, types, shapes and bits of contiguous tensors on the CPU: safetensors itself
+    does not see a changed bit."""
+    total = 0
+    for name in sorted(state):
+        tensor = state[name]
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
+    return torch.tensor(total)
+
+
 def save_checkpoint(
     folder: RunFolder,
     job: Job,
@@ -79,18 +128,30 @@ def save_checkpoint(
     images: int,
     seconds: float,
 ) -> None:
-    """Everything needed to go on after `epoch` epochs, in one atomic file."""
+    """Everything needed to go on after `epoch` epochs, in one atomic file.
+
+    Raises:
+        WriteFailed: see `RunFolder.write`; the checkpoint before is still there.
+    """
     state = supervised.training_state(model, optimizer)
     state["job"] = _digest(job)
     state["progress"] = torch.tensor([epoch, images])
     state["seconds"] = torch.tensor(seconds, dtype=torch.float64)
-    folder.save_tensors(checkpoint_name(job), state)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    folder.save_tensors(checkpoint_name(job), state | {_SEAL: _checksum(state)})
 
 
 def load_checkpoint(
-    folder: RunFolder, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: RunFolder,
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    say: Say = lambda line: None,
 ) -> tuple[int, int, float]:
     """Restore the job's last checkpoint into model and optimizer.
+
+    Args:
+        say: called with one line if there is a checkpoint that cannot be used.
 
     Returns:
         (epochs done, images seen, seconds spent); zeros if there is none, or none of this very
@@ -98,13 +159,19 @@ def load_checkpoint(
         numbers.
     """
     name = checkpoint_name(job)
-    if not folder.exists(name):
-        return 0, 0, 0.0
     try:
+        if not folder.exists(name):
+            return 0, 0, 0.0
         state = folder.load_tensors(name)
-    except ValueError:
+    except ValueError as error:
+        say(f"{str(error).split(';')[0]}; {job.id} starts again")
         return 0, 0, 0.0
-    if "job" not in state or not torch.equal(state.pop("job"), _digest(job)):
+    seal = state.pop(_SEAL, None)
+    if seal is None or not torch.equal(seal, _checksum(state)):
+        say(f"{folder.path(name)}: damaged or of another version; {job.id} starts again")
+        return 0, 0, 0.0
+    if not torch.equal(state.pop("job"), _digest(job)):
+        say(f"{folder.path(name)}: of another recipe; {job.id} starts again")
         return 0, 0, 0.0
     epoch, images = state.pop("progress").tolist()
     seconds = float(state.pop("seconds"))
@@ -129,6 +196,19 @@ def pack_child(
         return weights
     packed = sparse.pack(weights, masks)
     return packed | sparse.pack_masks(masks) if _stores_masks(spec) else packed
+
+
+def kept_fractions(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
+    """Weight -> fraction that is left, by masks and by smaller tensors; whole ones left out."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    kept = {}
+    for name, shape in body.parameters.items():
+        left = sizes.get(name, 0)
+        if name in masks and left == shape.numel():
+            left = int(masks[name].sum())
+        if left < shape.numel():
+            kept[name] = left / shape.numel()
+    return kept
 
 
 def needs_parent(spec: ChildSpec, stored: Stored | None) -> bool:

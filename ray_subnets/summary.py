@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ray_subnets import metrics
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.ensemble import combine
+from ray_subnets.ensemble import Running
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.recipes import ChildResult, ChildSpec, Result, SolveResult
 from ray_subnets.selection import Decision, share_of
@@ -44,33 +44,52 @@ def load_outputs(folder: RunFolder, ids: Sequence[str], split: str) -> Outputs:
 
 
 class Scores:
-    """Metrics of groups of networks, from their saved logits; each file is read once."""
+    """Metrics of groups of networks, from their saved logits.
+
+    One network's logits are in memory at a time, and the parent's, whatever the number of networks;
+    for diversity up to 32. So files are read several times.
+    """
 
     def __init__(self, folder: RunFolder, how: str, by: str = "nll") -> None:
         self.folder, self.how, self.by = folder, how, by
-        self._cache: dict[str, dict[str, Tensor]] = {}
+        self._loaded: dict[str, dict[str, Tensor]] = {}
         self._shares: dict[str, float] = {}
         self._tests: dict[tuple[str, ...], dict[str, float]] = {}
+        self._together: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})
         self.labels = {
             name: torch.from_numpy(array) for name, array in folder.load_arrays(LABELS).items()
         }
 
+    def _load(self, id: str) -> dict[str, Tensor]:
+        """Logits `(N, C)` by split."""
+        if id not in self._loaded:
+            arrays = self.folder.load_arrays(f"outputs/{id}.npz")
+            keep = {"parent": self._loaded["parent"]} if "parent" in self._loaded else {}
+            self._loaded = keep | {id: {name: torch.from_numpy(a) for name, a in arrays.items()}}
+        return self._loaded[id]
+
     def logits(self, ids: Sequence[str], split: str) -> Tensor:
         """`(K, N, C)`"""
-        for id in ids:
-            if id not in self._cache:
-                arrays = self.folder.load_arrays(f"outputs/{id}.npz")
-                self._cache[id] = {name: torch.from_numpy(a) for name, a in arrays.items()}
-        return torch.stack([self._cache[id][split] for id in ids])
+        return torch.stack([self._load(id)[split] for id in ids])
 
     def combined(self, ids: Sequence[str], split: str) -> Tensor:
         """Probabilities `(N, C)` of the members together."""
-        weights = [self._share(id) for id in ids] if self.how == "weighted" else None
-        return combine(self.logits(ids, split), self.how, weights)
+        if self._together[0] != tuple(ids):
+            running = {name: Running(self.how) for name in self.labels}
+            for id in ids:
+                for name, part in running.items():
+                    self.add(part, id, name)
+            self._together = (tuple(ids), {name: part.value() for name, part in running.items()})
+        return self._together[1][split]
+
+    def add(self, running: Running, id: str, split: str) -> None:
+        """One more member to those combined in `running`."""
+        share = self._share(id) if self.how == "weighted" else 1.0
+        running.add(self._load(id)[split], share)
 
     def _share(self, id: str) -> float:
         if id not in self._shares:
-            p, labels = self.logits([id], "validation")[0].double(), self.labels["validation"]
+            p, labels = self._load(id)["validation"].double(), self.labels["validation"]
             p = p.softmax(1)
             found = {"nll": metrics.nll(p, labels), "accuracy": metrics.accuracy(p, labels)}
             self._shares[id] = share_of(found, self.by)
@@ -107,9 +126,8 @@ class Scores:
 
     def diversity(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean pairwise disagreement, KL and correlation of members on test data (section 7.2)."""
-        logits = self.logits(ids, "test")
-        if len(ids) > 32:  # pairs of the first 32 say as much, and cost a sixteenth of 128's
-            logits = logits[:32]
+        # Pairs of the first 32 say as much as those of 128, and cost a sixteenth.
+        logits = self.logits(ids[:32], "test")
         pairs = {
             "disagreement": metrics.disagreement(logits),
             "kl": metrics.kl_divergence(logits),
@@ -187,6 +205,7 @@ def summarise(
                 "kl_from_parent": scores.kl_from_parent(spec.id) if result.error is None else None,
                 "kept": _kept_share(result, cost),
                 "notes": list(result.notes),
+                "troubles": list(result.troubles),
             }
         )
 
@@ -203,6 +222,7 @@ def summarise(
             "attempts": result.attempts,
             "error": result.error,
             "notes": list(result.notes),
+            "troubles": list(result.troubles),
         }
         if result.error is None:
             assert result.weights
@@ -264,14 +284,15 @@ def _singles(network: Callable[[str], dict[str, Any]], ids: Sequence[str]) -> di
 def _by_size(scores: Scores, ids: Sequence[str]) -> list[dict[str, float]]:
     """Test accuracy and NLL of the first k of `ids`, k = 1 to all."""
     labels, curve = scores.labels["test"], []
-    running = None
-    for k in range(1, len(ids) + 1):
-        if scores.how == "probabilities":  # one more term, not all of them again
-            new = scores.combined(ids[k - 1 : k], "test")
-            running = new if running is None else running + new
-            p = running / k
+    running, total = Running(scores.how), None
+    for k, id in enumerate(ids, start=1):
+        if scores.how == "probabilities":  # a plain sum
+            new = scores.combined([id], "test")
+            total = new if total is None else total + new
+            p = total / k
         else:
-            p = scores.combined(ids[:k], "test")
+            scores.add(running, id, "test")
+            p = running.value()
         curve.append(
             {"members": k, "accuracy": metrics.accuracy(p, labels), "nll": metrics.nll(p, labels)}
         )
@@ -324,5 +345,5 @@ def _cost(
         "inference_passes": len(members),
         "inference_flops_vs_parent": sum(cost.nonzero(d) for d in member_densities)
         / max(cost.total, 1),
-        "bytes_on_disk": sum((folder.root / name).stat().st_size for name in sorted(files)),
+        "bytes_on_disk": sum(folder.size(name) or 0 for name in sorted(files)),
     }

@@ -82,12 +82,15 @@ class Monitor:
         self._work += float(records[-1]["seconds"])
         self._write_soon()
 
-    def ended(self, values: Mapping[str, Any], *, error: str | None = None) -> None:
+    def ended(
+        self, values: Mapping[str, Any], *, error: str | None = None, worker: str = ""
+    ) -> None:
         """No more seeds of this cell: all are done, a scheduler stopped it, or it failed."""
         cell = self._cell(values)
         whole = len(cell["seeds"]) == len(self.sweep.section.seeds)
         cell["status"] = "failed" if error else "done" if whole else "stopped"
         cell["error"] = error
+        cell["worker"] = worker or cell.get("worker")
         self._ended += 1
         count = sum(c["status"] in ("done", "stopped", "failed") for c in self.cells.values())
         outcome = f"failed: {error}"

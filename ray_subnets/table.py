@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def verdict(record: Mapping[str, Any]) -> str:
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What a user should know: failed children, layers pruned to nothing."""
+    """What a user should know: failed children, layers pruned to nothing, actors that died."""
     lines = []
     for child in record["children"]:
         lines += [f"{child['id']}: {note}" for note in child["notes"]]
@@ -116,6 +117,10 @@ def notes(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"{child['error']} (not a member)")
     if len(lines) > 5:
         lines[5:] = [f"and {len(lines) - 5} more, in result.json"]
+    counts = Counter(fault["what"] for fault in record.get("faults", []))
+    if counts:
+        what = ", ".join(f"{what} ({n} times)" if n > 1 else what for what, n in counts.items())
+        lines.append(f"handled on the way, no number changed by it: {what}")
     return lines
 
 

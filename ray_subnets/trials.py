@@ -20,7 +20,7 @@ from ray_subnets import driver, metrics, supervised, trust_region
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.data import Data
-from ray_subnets.ensemble import combine, greedy
+from ray_subnets.ensemble import combine, greedy, right_class
 from ray_subnets.population import Worker
 from ray_subnets.recipes import ChildSpec, Fit, Result, SolveResult
 from ray_subnets.selection import fitness_of, select, share_of
@@ -265,7 +265,8 @@ def _members(
     """Who would be a member, as in a run."""
     if config.select.method == "greedy":
         ids = sorted(logits)
-        picked = greedy(torch.stack([logits[id] for id in ids]), labels, config.select.count)
+        right = torch.stack([right_class(logits[id], labels) for id in ids])
+        picked = greedy(right, config.select.count)
         return [ids[i] for i, _ in picked]
     fitness: dict[str, float | None] = {
         id: fitness_of(one, config.select.by) for id, one in validation.items()

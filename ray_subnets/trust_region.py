@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ray_subnets import supervised
+from ray_subnets.data import Batches, Data
 from ray_subnets.recipes import ChildSpec, Result, Solve, SolveResult, derive
 from ray_subnets.spawning import Anatomy, anatomy, spawn_weights
 
@@ -284,16 +286,34 @@ def _layer_shares(
     return tuple(shares)
 
 
-def search(job: Solve, parent: Weights, body: Anatomy, answers: Answers) -> SolveResult:
-    """The result of a job, without its timing.
+def search(
+    job: Solve,
+    parent: Weights,
+    body: Anatomy,
+    model: nn.Module,
+    data: Data,
+    norm: Batches | None = None,
+) -> SolveResult:
+    """The result of a job, without its timing, on validation data.
+
+    Args:
+        model: a network as the parent is, on the data's device; it is written over.
+        norm: batches for the batch-norm statistics of each child, if it gets its own.
 
     Raises:
         ValueError: the target cannot be met; the message names the group.
     """
+    images = data.validation.images[torch.arange(min(job.samples, len(data.validation)))]
+
+    def answers(weights: Weights) -> Tensor:
+        model.load_state_dict(dict(weights))
+        if norm is not None and weights is not parent:
+            supervised.recompute_norm(model, norm)
+        return supervised.predict(model, images, data.preprocess)
+
     try:
-        found = solve(
-            Probe(parent, body, answers), job.draws, job.kl_target, per_layer=job.per_layer
-        )
+        probe = Probe(parent, body, answers)
+        found = solve(probe, job.draws, job.kl_target, per_layer=job.per_layer)
     except ValueError as error:
         raise ValueError(f"{job.draws[0].label}: {error}") from None
     return SolveResult(

@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny import tiny
 
 from ray_subnets import driver, progress
-from ray_subnets.recipes import ChildResult, Epoch, Result
+from ray_subnets.recipes import ChildResult, Epoch, Result, Status
 
 JOBS = driver.jobs(tiny())
 VALIDATION = {"accuracy": 0.9, "nll": 0.3}
@@ -44,6 +44,30 @@ def test_lines_count_to_the_end() -> None:
     assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0 s left]")
     assert any("single epoch 9/10" in line for line in lines)
     assert any("sparse-000 failed: the loss is nan" in line for line in lines)
+
+
+STATUS = Status(nodes=2, actors=3, starting=1, running=2, retried=4)
+
+
+def test_lines_say_where_the_work_is_done() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    view = progress.Lines(JOBS, console, every=0.0)
+    view.status(STATUS)
+    feed(view)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[-1].startswith(
+        f"[{len(JOBS)}/{len(JOBS)} networks, 2 running, 3 actors (+1 starting) on 2 nodes, "
+        "1 failed, 4 retried, about 0 s left]"
+    )
+
+
+def test_bars_say_it_below() -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    view = progress.Bars(JOBS, console)
+    view.status(STATUS)
+    feed(view)
+    *_, last = view._progress.get_renderables()
+    assert str(last) == ("  2 running, 3 actors (+1 starting) on 2 nodes, 1 failed, 4 retried")
 
 
 def test_bars_fill_to_the_end() -> None:

@@ -14,7 +14,7 @@ import ray
 from conftest import Command
 from tiny import TINY, equal, numbers, run_serial, tiny
 
-from ray_subnets import driver
+from ray_subnets import driver, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.distributed import cluster
@@ -91,6 +91,10 @@ def test_a_killed_actors_job_goes_on_elsewhere(
         pool.close()
     assert numbers(record) == numbers(long_serial)
     assert any(note.startswith(f"{victim}: its actor died (attempt 1)") for note in notes)
+    (fault,) = record["faults"]
+    assert (fault["id"], fault["what"], fault["attempt"]) == (victim, "its actor died", 1)
+    assert fault["node"] == record["parent"]["node"] == record["children"][0]["node"]
+    assert "handled on the way, no number changed by it: its actor died" in table.notes(record)
     tries = {child["id"]: child["attempts"] for child in record["children"]}
     tries["parent"] = record["parent"]["attempts"]
     assert tries.pop(victim) == 2

@@ -24,7 +24,7 @@ Finished = tuple[RunFolder, dict[str, Any]]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = RunFolder.create(tmp_path_factory.mktemp("runs") / "tiny")
-    events = Events(folder.root)
+    events = Events(folder)
     record = run_serial(tiny(), folder, listen=events)
     events.close()
     report.write(folder)

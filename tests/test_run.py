@@ -13,8 +13,9 @@ import torch
 from tiny import equal, numbers, run_serial, tiny
 
 import ray_subnets
-from ray_subnets import driver, metrics
+from ray_subnets import driver, metrics, models
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.config import ModelSection
 from ray_subnets.ensemble import combine
 from ray_subnets.population import Report, SerialPool, Worker
 from ray_subnets.recipes import Epoch
@@ -111,6 +112,50 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     # It went on; it did not start again.
     assert next(r.epoch for r in seen if isinstance(r, Epoch) and r.id == stop_at) == 2
     assert not folder.exists(f"checkpoints/{stop_at}.safetensors")
+
+
+class Once(torch.nn.Module):
+    """Its given training step, counted over all instances, gives NaN; no other does."""
+
+    steps, broken = 0, frozenset[int]()
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.body(x)
+        if not self.training:
+            return logits
+        Once.steps += 1
+        return logits * float("nan") if Once.steps in Once.broken else logits
+
+
+def test_a_nan_that_goes_away_changes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails once is done again from the last checkpoint; the record says so."""
+
+    def build(input_shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
+        return Once(models.MODELS["mlp"](input_shape, num_classes, hidden=[16]))
+
+    monkeypatch.setitem(models.MODELS, "once", build)
+    settings = tiny("single=false")
+    settings = settings.model_copy(update={"model": ModelSection(name="once")})
+    expected = run_serial(settings, RunFolder.create(tmp_path / "plain"))
+    assert Once.steps > 100
+    steps, Once.steps = Once.steps, 0
+    # In the parent's second epoch, and near the end, in a child.
+    monkeypatch.setattr(Once, "broken", frozenset({30, steps - 10}))
+    record = run_serial(settings, RunFolder.create(tmp_path / "broken"))
+    assert Once.steps > steps
+    told = [child["id"] for child in record["children"] if child["notes"]]
+    assert len(told) == 1
+    assert "done again from the last checkpoint" in record["parent"]["notes"][0]
+    for part in (record, expected):
+        for network in [part["parent"], *part["children"]]:
+            del network["notes"]
+    assert numbers(record) == numbers(expected)
 
 
 def test_a_damaged_checkpoint_only_costs_time(

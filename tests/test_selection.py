@@ -14,7 +14,7 @@ from torch import Tensor
 import ray_subnets
 from ray_subnets import driver, metrics
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.ensemble import combine, greedy
+from ray_subnets.ensemble import combine, greedy, right_class
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.summary import load_outputs
 
@@ -46,12 +46,16 @@ def by_hand(logits: Tensor, labels: Tensor, steps: int) -> list[tuple[int, float
     return trace
 
 
+def right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.stack([right_class(one, labels) for one in logits])
+
+
 # --- pure functions -----------------------------------------------------------------------------
 
 
 def test_greedy_takes_what_helps_most_each_time() -> None:
     logits, labels = answers(7)
-    expected, found = by_hand(logits, labels, 7), greedy(logits, labels, 7)
+    expected, found = by_hand(logits, labels, 7), greedy(right(logits, labels), 7)
     assert [i for i, _ in found] == [i for i, _ in expected]
     assert [nll for _, nll in found] == pytest.approx([nll for _, nll in expected])
     # Of this data it is not the order of fitness.
@@ -64,20 +68,20 @@ def test_greedy_stops_when_nothing_improves() -> None:
     every = by_hand(logits, labels, 7)
     worse = next(k for k in range(1, 7) if every[k][1] >= every[k - 1][1])
     assert 1 < worse < 7
-    found = greedy(logits, labels)
+    found = greedy(right(logits, labels))
     assert [i for i, _ in found] == [i for i, _ in every[:worse]]
-    assert greedy(logits, labels, 2) == found[:2]
-    assert len(greedy(logits, labels, 99)) == 7
+    assert greedy(right(logits, labels), 2) == found[:2]
+    assert len(greedy(right(logits, labels), 99)) == 7
     # A copy of the best helps nobody, and of equal ones the first is taken.
-    assert greedy(logits[[0, 0, 0]], labels)[0][0] == 0
-    assert len(greedy(logits[[0, 0, 0]], labels)) == 1
+    assert greedy(right(logits[[0, 0, 0]], labels))[0][0] == 0
+    assert len(greedy(right(logits[[0, 0, 0]], labels))) == 1
 
 
 def test_greedy_of_hopeless_answers_is_finite() -> None:
     """Probabilities that underflow to zero."""
     logits = torch.tensor([[[2000.0, 0.0]], [[0.0, 2000.0]]])
-    assert greedy(logits, torch.tensor([1]))[0][0] == 1
-    assert np.isfinite(greedy(logits[:1], torch.tensor([1]))[0][1])
+    assert greedy(right(logits, torch.tensor([1])))[0][0] == 1
+    assert np.isfinite(greedy(right(logits[:1], torch.tensor([1])))[0][1])
 
 
 def test_decisions_of_a_greedy_selection() -> None:

@@ -49,6 +49,7 @@ def numbers(record: Any) -> Any:
         "worker",
         "node",
         "attempts",
+        "troubles",
         "faults",
         "wall_seconds",
         "device_seconds",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import PurePath
 from typing import Any
 
 import ray
@@ -77,7 +76,7 @@ class ChildActor:
         """
         device = granted(gpus)
         self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
-        self._instruments = Instruments(PurePath(task.folder).name)
+        self._instruments = Instruments(self._worker.folder.name)
         # The first optimizer of a process imports torch's compiler, which takes seconds.
         torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
         return self._worker.node

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import ray
 import torch
 
 from ray_subnets.config import ResourcesSection
+from ray_subnets.plan import Node, places, share
 
 
 def alive() -> dict[str, dict[str, Any]]:
@@ -44,6 +44,12 @@ def granted(gpus: float) -> str:
     return "cuda:0"
 
 
+def nodes() -> list[Node]:
+    """What every node that is alive has."""
+    resources = (node["Resources"] for node in alive().values())
+    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in resources]
+
+
 @dataclass(frozen=True)
 class Share:
     """What one actor owns."""
@@ -59,28 +65,23 @@ class Share:
             ValueError: no node can hold even one actor, and the cluster is not `growing` (an
                 autoscaler may still start such a node).
         """
-        gpus = resources.gpus_per_actor
-        cluster = ray.cluster_resources()
-        if gpus is None:
-            gpus = 1.0 if cluster.get("GPU", 0) else 0.0
-        share = Share(resources.cpus_per_actor, gpus)
-        if not any(share.on(node["Resources"]) for node in alive().values()) and not growing:
+        machines = nodes()
+        owned = Share(*share(resources, machines))
+        if not any(owned.on(node) for node in machines) and not growing:
+            cpus, gpus = sum(node.cpus for node in machines), sum(node.gpus for node in machines)
             raise ValueError(
-                f"resources: an actor needs {share}, and no node has them; the cluster has "
-                f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs in all"
+                f"resources: an actor needs {owned}, and no node has them; the cluster has "
+                f"{cpus:g} CPUs and {gpus:g} GPUs in all"
             )
-        return share
+        return owned
 
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
-    def on(self, node: dict[str, float]) -> int:
-        """How many such actors a node with these resources holds."""
-        rooms = [node.get("CPU", 0) / self.cpus]
-        if self.gpus:
-            rooms.append(node.get("GPU", 0) / self.gpus)
-        return math.floor(min(rooms) + 1e-9)
+    def on(self, node: Node) -> int:
+        """How many such actors a node holds."""
+        return places(node, self.cpus, self.gpus)
 
     def fit(self) -> int:
         """How many such actors the whole cluster holds now; at least 1."""
-        return max(1, sum(self.on(node["Resources"]) for node in alive().values()))
+        return max(1, sum(map(self.on, nodes())))

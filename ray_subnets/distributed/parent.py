@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data
 from ray_subnets.distributed.children import unpack_data
 from ray_subnets.population import Report, Task, Worker
@@ -29,6 +31,7 @@ from ray_subnets.recipes import Epoch, Fit
 from ray_subnets.stored import stored_result
 
 _EPOCHS = "results/parent.epochs.json"
+_LOOK = 0.5  # seconds between looks at it: each may be a request to a server
 
 
 class ParentWorker(Worker):
@@ -73,7 +76,8 @@ def _loop(config: dict[str, Any]) -> None:
         if isinstance(report, Epoch):
             epochs.append(asdict(report))
             if worker.primary:  # the driver follows this file
-                worker.folder.write_json(_EPOCHS, epochs)
+                with suppress(WriteFailed):  # the last one tells all; the result is another file
+                    worker.folder.write_json(_EPOCHS, epochs)
             ray.train.report({"loss": report.loss})
 
 
@@ -96,22 +100,32 @@ class RayTrainParent:
         outcome: list[BaseException | None] = []
         thread = threading.Thread(target=self._fit, args=(job, outcome), daemon=True)
         thread.start()
-        seen = 0
+        seen, look = 0, 0.0
         while True:
             done = not thread.is_alive()
-            if folder.exists(_EPOCHS):
-                new = folder.read_json(_EPOCHS)[seen:]
+            if done or time.monotonic() >= look:
+                look = time.monotonic() + _LOOK
+                new = self._new_epochs(folder, seen)
                 seen += len(new)
-                yield from (Epoch(**record) for record in new)
+                yield from new
             if done:
                 break
             yield None
-        folder.remove(_EPOCHS)
+        with suppress(WriteFailed):
+            folder.remove(_EPOCHS)
         if outcome and outcome[0] is not None:
             raise _cause(outcome[0])
         result = stored_result(folder, job)
         assert result is not None
         yield result
+
+    def _new_epochs(self, folder: RunFolder, seen: int) -> list[Epoch]:
+        """Epochs after the first `seen`; none if storage does not say."""
+        try:
+            records = folder.read_json(_EPOCHS) if folder.exists(_EPOCHS) else []
+        except ValueError:
+            return []
+        return [Epoch(**record) for record in records[seen:]]
 
     def _fit(self, job: Fit, outcome: list[BaseException | None]) -> None:
         per_worker: dict[str, float] = {"CPU": 1 if self._gpus else self._threads}

@@ -46,7 +46,7 @@ def run(
     selection = selecting.start(
         name, config.select.count, config.select.by, config.resources.retries
     )
-    instruments = Instruments(folder.root.name)
+    instruments = Instruments(folder.name)
     ended: Counter[bool] = Counter()
     task = driver.task_of(config, folder)
 

@@ -135,7 +135,9 @@ class Live(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._monitor.ended(trial.config, error=(trial.last_result or {}).get("failure"))
+        last = trial.last_result or {}
+        error, worker = last.get("failure"), last.get("worker", "")
+        self._monitor.ended(trial.config, error=error, worker=worker)
         self._measure()
 
     def on_trial_error(
