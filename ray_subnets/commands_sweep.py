@@ -118,3 +118,41 @@ def show(record: dict[str, Any]) -> None:
     out.print(sweeptable.table(record))
     for line in sweeptable.lines(record):
         out.print(line, highlight=False, markup=False)
+
+
+def dashboard(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="a folder of runs and sweeps, or one of them")
+    ] = "runs",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="of this page; TensorBoard takes the next")
+    ] = 8271,
+    no_tensorboard: Annotated[
+        bool, typer.Option("--no-tensorboard", help="do not start TensorBoard")
+    ] = False,
+) -> None:
+    """Show sweeps and runs live, to this machine only, until Ctrl-C.
+
+    Lists them, serves their pages, links Ray's own dashboard of a sweep that runs here, and starts
+    TensorBoard (curves, and the HParams view of a sweep's trials). Both of those are in the extra
+    dashboard: pip install 'ray_subnets[dashboard]'.
+    """
+    from contextlib import suppress
+
+    from ray_subnets.dashboard import Server, tensorboard
+
+    with Server(folder, port) as server, ExitStack() as stack:
+        out.print(f"Dashboard: {server.address}", highlight=False)
+        if not no_tensorboard:
+            address = stack.enter_context(tensorboard(server.root, server.server_address[1] + 1))
+            if address:
+                server.links["TensorBoard"] = address
+            out.print(
+                f"TensorBoard: {address}"
+                if address
+                else "TensorBoard is not installed: pip install 'ray_subnets[dashboard]'",
+                highlight=False,
+                markup=False,
+            )
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -309,6 +309,7 @@ def report(run: RunArgument) -> None:
 
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
+app.command()(commands_sweep.dashboard)
 
 
 def main() -> int:

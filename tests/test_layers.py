@@ -33,7 +33,7 @@ FLOORS = [
     ["driver", "sweepfile"],
     ["plan", "trials"],
     ["plan_table", "sweep"],
-    ["table", "figures", "evaluation", "events", "progress"],
+    ["table", "figures", "evaluation", "events", "progress", "dashboard"],
     ["report", "sweepreport", "sweeptable"],
     ["sweepmonitor"],
     [
