@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ray_subnets import commands_sweep
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -97,6 +99,10 @@ def run(
             "RAY_SUBNETS_RUNS, or in runs",
         ),
     ] = None,
+    from_sweep: Annotated[
+        str | None,
+        typer.Option("--from-sweep", metavar="DIR", help="with the settings that a sweep chose"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
     ] = False,
@@ -118,7 +124,12 @@ def run(
     from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
 
-    settings = configfile.load(config, overrides or [])
+    if from_sweep:
+        from ray_subnets.sweep import run_config
+
+        settings = run_config(config, from_sweep, overrides or [])
+    else:
+        settings = configfile.load(config, overrides or [])
     target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     if plan:
         return _plan(settings, target, serial, address)
@@ -224,6 +235,7 @@ def _do(
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
     from ray_subnets.population import SerialPool, Worker
+    from ray_subnets.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     joins = address not in (None, "local")
@@ -248,7 +260,7 @@ def _do(
 
         if serial:
             task = driver.task_of(config, folder)
-            pool = SerialPool(Worker(task, data, _serial_device(config)))
+            pool = SerialPool(Worker(task, data, device_here(config)))
             record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
         else:
             record = ray_run.run(
@@ -269,13 +281,6 @@ def _do(
         out.print(line, highlight=False, soft_wrap=True)
 
 
-def _serial_device(config: Config) -> str:
-    import torch
-
-    wanted = config.resources.gpus_per_actor
-    return "cuda:0" if torch.cuda.is_available() and wanted != 0 else "cpu"
-
-
 @contextmanager
 def _interruptible(folder: RunFolder) -> Iterator[None]:
     try:
@@ -292,6 +297,8 @@ def _show(record: dict[str, Any]) -> None:
 
     out.print(table.table(record))
     out.print(table.LEGEND, style="dim", highlight=False)
+    for line in table.trust_text(record):
+        out.print(line, highlight=False)
     for line in table.notes(record):
         out.print(f"Note: {line}", style="yellow", highlight=False, markup=False)
     out.print(table.verdict(record), highlight=False)
@@ -322,6 +329,10 @@ def report(run: RunArgument) -> None:
 
     folder = RunFolder.open(run, needs="result.json")
     out.print(str(report_.write(folder)), soft_wrap=True)
+
+
+app.command(no_args_is_help=True)(commands_sweep.sweep)
+app.command()(commands_sweep.dashboard)
 
 
 def main() -> int:

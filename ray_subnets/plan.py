@@ -20,7 +20,7 @@ from ray_subnets.data import Data
 from ray_subnets.flat import flat_bytes
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.placement import Node, missing, places, share, spread
-from ray_subnets.recipes import ChildSpec, Fit, Training
+from ray_subnets.recipes import ChildSpec, Fit, Solve, Training
 from ray_subnets.spawning import (
     METHODS,
     Subnetwork,
@@ -179,6 +179,8 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
     seen: dict[ChildSpec, tuple[int, int, float]] = {}
     found = []
     for job in driver.jobs(config):
+        if isinstance(job, Solve):  # some passes over a thousand samples, nothing stored
+            continue
         bag = 1.0
         if isinstance(job, Fit):
             model = driver.build(config, data)

@@ -24,17 +24,18 @@ FLOORS = [
     ],
     ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
-    ["storage"],
+    ["storage", "trust_region"],
     ["checkpoints"],
     ["stored"],
     ["population", "summary", "groups"],
     ["config"],
     ["configfile"],
-    ["driver", "placement"],
-    ["plan"],
-    ["plan_table"],
-    ["table", "figures", "evaluation", "events", "progress"],
-    ["report"],
+    ["driver", "placement", "sweepfile"],
+    ["plan", "trials"],
+    ["plan_table", "sweep"],
+    ["table", "figures", "evaluation", "events", "progress", "dashboard"],
+    ["report", "sweepreport", "sweeptable"],
+    ["sweepmonitor"],
     [
         "distributed",
         "distributed.cluster",
@@ -45,12 +46,15 @@ FLOORS = [
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
-    ["distributed.run"],
+    ["distributed.run", "distributed.sweepgauges"],
+    ["distributed.sweeps"],
+    ["commands_sweep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders"}
 GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
+GROUND_FLOOR.append("trust_region")
 
 
 def modules() -> dict[str, Path]:
