@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
     sys.exit(launch.main())
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,15 @@ import typer
 from rich.console import Console
 
 from ray_subnets import commands_sweep
+from ray_subnets.options import (
+    Address,
+    Overrides,
+    Quiet,
+    RunArgument,
+    Serial,
+    address_or_head,
+    on_head,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,21 +57,8 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
-Serial = Annotated[
-    bool, typer.Option("--serial", help="no Ray: everything in this process, same numbers")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        envvar="RAY_ADDRESS",
-        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001); default: start Ray here",
-    ),
-]
+MORE = """More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run fashion_mnist_sparse seed=1
+and -- --help for everything else."""
 
 
 @app.command(no_args_is_help=True)
@@ -69,16 +66,14 @@ def run(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped config")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
-    ] = None,
+    overrides: Overrides = None,
     folder: Annotated[
         str | None,
         typer.Option(
             "--out",
             metavar="PLACE",
-            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default runs/NAME",
+            help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default: NAME in "
+            "RAY_SUBNETS_RUNS, or in runs",
         ),
     ] = None,
     from_sweep: Annotated[
@@ -112,7 +107,7 @@ def run(
         settings = run_config(config, from_sweep, overrides or [])
     else:
         settings = configfile.load(config, overrides or [])
-    target = folder or f"runs/{settings.name}"
+    target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     if plan:
         return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
@@ -121,7 +116,6 @@ def run(
 
 def _plan(config: Config, target: str, serial: bool, address: str | None) -> None:
     """Print a plan; exit code 1 if the run could not begin."""
-    import os
     import shutil
 
     import torch
@@ -129,15 +123,17 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     from ray_subnets import driver, plan_table
     from ray_subnets import plan as plan_
     from ray_subnets.flops import forward_cost
+    from ray_subnets.placement import Node
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
     cost = forward_cost(driver.build(config, data), data.input_shape)
-    nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
-    if address and not serial:
+    nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    joined = address_or_head(address)
+    if joined and not serial:
         from ray_subnets.distributed import cluster, devices
 
-        with cluster.session(address):
+        with cluster.session(joined):
             nodes = devices.nodes()
     free = None
     if "://" not in target:
@@ -219,11 +215,12 @@ def _do(
     from ray_subnets.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
+    joins = address not in (None, "local")
     data = driver.load_data(config)
     driver.build(config, data)
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
-            view.note("starting Ray" if not address else f"joining Ray at {address}")
+            view.note(f"joining Ray at {address}" if joins else "starting Ray")
             from ray_subnets.distributed import cluster
             from ray_subnets.distributed import run as ray_run
 
@@ -251,11 +248,14 @@ def _do(
                 listen=listen,
                 notify=view.note,
                 watch=view.status,
-                growing=bool(address),
+                growing=joins,
             )
     _show(record)
     page = report.write(folder)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
+    if on_head() and "://" not in str(folder):
+        line = f"Fetch it: ray rsync-down CLUSTER.yaml {folder}/ runs/{folder.name}/"
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -314,12 +314,16 @@ app.command()(commands_sweep.dashboard)
 
 def main() -> int:
     """Run the command line. The user's mistakes are one line and exit code 2."""
-    if len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py":
-        # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it.
+    bare = len(sys.argv) == 1 and Path(sys.argv[0]).name == "launch.py"
+    if bare:  # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it
         sys.argv += ["run", "quickstart", "--overwrite"]
-        err.print("No command given: running the quickstart. More: launch.py --help")
+        err.print("No command given: running the quickstart.")
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        if bare and not end.code:
+            out.print(MORE, highlight=False, soft_wrap=True)
+        raise
     except ValueError as error:
         err.print(
             f"ray-subnets: {error}", style="red", highlight=False, soft_wrap=True, markup=False

@@ -22,13 +22,13 @@ State = Literal["absent", "empty", "used", "file"]
 _CONNECT, _ANSWER, _ATTEMPTS = 5.0, 15.0, 3  # seconds, seconds, tries before a server is given up
 _SECRET = re.compile(r"^[\w+.-]+://[^@]*:[^@]*@")
 _REASONS = {  # in what pyarrow says -> what it means here
-    r"NO_SUCH_BUCKET|bucket .*not found|NoSuchBucket": "no such bucket; create it first",
+    r"NO_SUCH_BUCKET|bucket .*not found|NoSuchBucket": "no such bucket, create it first",
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKey"
     r"|SignatureDoesNotMatch|HTTP status 40[13]|HTTP response code 40[13]|PERMISSION_DENIED"
-    r"|UNAUTHENTICATED|CREDENTIALS": "access denied; for S3 set AWS_ACCESS_KEY_ID and "
+    r"|UNAUTHENTICATED|CREDENTIALS": "access denied: for S3 set AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     r"NETWORK_CONNECTION|curlCode|UNAVAILABLE|resolve host|REQUEST_TIMEOUT": "the server does not "
-    "answer; is the address right (AWS_ENDPOINT_URL or ?endpoint_override=)?",
+    "answer: is the address right (AWS_ENDPOINT_URL or ?endpoint_override=)?",
 }
 
 
@@ -200,7 +200,7 @@ def _plain_errors() -> Iterator[None]:
     except FileNotFoundError as error:
         text = reason(error)
         raise FileNotFoundError(
-            errno.ENOENT, text if "bucket" in text else "no such file"
+            errno.ENOENT, text if "no such bucket" in text else "no such file"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise OSError(errno.EIO, reason(error)) from None
@@ -233,7 +233,7 @@ class RemotePlace:
         if kind == fs.FileType.NotFound:
             bucket = self._root.split("/")[0]
             if self._whole and self._info(bucket).type == fs.FileType.NotFound:
-                raise FileNotFoundError(errno.ENOENT, "no such bucket; create it first")
+                raise FileNotFoundError(errno.ENOENT, "no such bucket, create it first")
             return "absent"
         with _plain_errors():
             found = self._filesystem.get_file_info(fs.FileSelector(self._root))

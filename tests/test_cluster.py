@@ -10,20 +10,24 @@ from typing import Any
 import pytest
 import ray
 from faults import chaos
-from faults.raylets import Raylets, raylets
 from tiny import numbers, run_serial, tiny
 
 from ray_subnets import driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.distributed import run as ray_run
+from ray_subnets.distributed.local_cluster import LocalCluster
 from ray_subnets.population import Report
 from ray_subnets.recipes import Epoch, Result, Status
+
+Setting = tuple[LocalCluster, Path, Path, Any]
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Raylets, Path, Path, Any]]:
+def stage(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Setting]:
     """A cluster of three nodes, the folder of faults, one for runs, and the unbroken numbers."""
     scratch = tmp_path_factory.mktemp("chaos")
     expected = chaos.reference(scratch / "reference")
@@ -31,20 +35,18 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Raylets, P
     faults.mkdir()
     os.environ |= {"CHAOS": str(faults), "CHAOS_PAUSE": "0.01"}
     try:
-        with raylets(3) as cluster:
+        with chaos.stage_of(3) as cluster:
             yield cluster, faults, scratch, expected
     finally:
         del os.environ["CHAOS"], os.environ["CHAOS_PAUSE"]
 
 
 @pytest.mark.parametrize("scenario", chaos.SCENARIOS, ids=lambda scenario: scenario.kind)
-def test_the_numbers_are_those_of_an_unbroken_run(
-    scenario: chaos.Scenario, stage: tuple[Raylets, Path, Path, Any]
-) -> None:
+def test_the_numbers_are_those_of_an_unbroken_run(scenario: chaos.Scenario, stage: Setting) -> None:
     cluster, faults, scratch, expected = stage
     out = scratch / scenario.kind.replace(" ", "-")
     outcome = chaos.play(scenario, cluster, faults, out, expected)
-    cluster.restore(3)
+    chaos.restore(cluster, 3)
     assert outcome.finished, outcome.log[-3000:]
     assert outcome.injected == outcome.expected
     assert outcome.equal
@@ -60,7 +62,7 @@ def test_a_late_node_is_used(tmp_path: Path) -> None:
     cost = driver.prepare(settings, data, folder)
     notes: list[str] = []
     seen: list[Status] = []
-    with raylets(1) as cluster:
+    with chaos.stage_of(1) as cluster:
         ray.init(address=cluster.address, log_to_driver=False)
         try:
 
@@ -91,7 +93,7 @@ def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     cost = driver.prepare(settings, data, folder)
     killed: list[str] = []
-    with raylets(2) as cluster:
+    with chaos.stage_of(2) as cluster:
         ray.init(address=cluster.address, log_to_driver=False)
         try:
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
+    ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
     ["masks"],
     ["noisy", "sparse", "stochastic", "units", "streaming"],
@@ -30,7 +31,7 @@ FLOORS = [
     ["population", "summary", "groups"],
     ["config"],
     ["configfile"],
-    ["driver", "sweepfile"],
+    ["driver", "placement", "sweepfile"],
     ["plan", "trials"],
     ["plan_table", "sweep"],
     ["table", "figures", "evaluation", "events", "progress", "dashboard"],
@@ -43,7 +44,7 @@ FLOORS = [
         "distributed.selection",
         "distributed.devices",
     ],
-    ["distributed.instruments"],
+    ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges"],
@@ -53,7 +54,7 @@ FLOORS = [
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders"}
-GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
 GROUND_FLOOR.append("trust_region")
 
 

@@ -22,6 +22,7 @@ from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share
 from ray_subnets.distributed.pool import RayPool
+from ray_subnets.distributed.visible import take_mark
 from ray_subnets.population import Report
 from ray_subnets.recipes import ChildResult, Epoch
 
@@ -180,6 +181,32 @@ def test_too_many_workers_is_one_line(tmp_path: Path) -> None:
 def test_more_than_a_node_has_is_one_line() -> None:
     with pytest.raises(ValueError, match="an actor needs 99 CPUs and 0 GPUs"):
         Share.of(tiny("resources.cpus_per_actor=99").resources, growing=False)
+
+
+def test_gpus_that_an_autoscaler_may_start_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cluster that could have GPUs asks for them, instead of training on the CPU."""
+    assert Share.of(tiny().resources, growing=True).gpus == 0
+    monkeypatch.setattr(
+        ray._private.state.state, "get_max_resources_from_cluster_config", lambda: {"GPU": 8}
+    )
+    assert Share.of(tiny().resources, growing=True).gpus == 1
+    assert Share.of(tiny("resources.gpus_per_actor=0").resources, growing=True).gpus == 0
+
+
+def test_a_node_that_does_not_see_the_run_folder(tmp_path: Path) -> None:
+    """One line, before anything is trained: here the driver's mark is taken away."""
+    folder = RunFolder.create(tmp_path / "run")
+    data = driver.load_data(tiny())
+    cost = driver.prepare(tiny(), data, folder)
+    pool = RayPool(driver.task_of(tiny(), folder), data, tiny().resources, jobs=9)
+    take_mark(str(folder))
+    try:
+        with pytest.raises(ValueError, match=r"--out: node \S+ does not see the run folder /"):
+            driver.run(tiny(), data, folder, pool, cost=cost)
+    finally:
+        pool.close()
+    assert not list(folder.root.glob("results/*"))
+    assert not list(folder.root.glob(".driver-*"))
 
 
 def test_a_diverging_parent_is_the_users_error(tmp_path: Path) -> None:

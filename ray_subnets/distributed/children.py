@@ -14,6 +14,7 @@ from torch import Tensor
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
+from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job
@@ -72,8 +73,10 @@ class ChildActor:
             gpus: this actor's share; below 1 it takes no more than that part of the GPU's memory.
 
         Raises:
-            ValueError: Ray granted a GPU that torch cannot use.
+            ValueError: Ray granted a GPU that torch cannot use, or this node does not see the run
+                folder.
         """
+        check_mark(task.folder)
         device = granted(gpus)
         self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
         self._instruments = Instruments(self._worker.folder.name)

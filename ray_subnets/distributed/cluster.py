@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
+from ray._private import ray_constants
 
 _found = {"dashboard": ""}  # HOST:PORT, while a session lasts
 
@@ -30,6 +31,21 @@ def _answers(address: str) -> None:
 
 
 @contextmanager
+def _loopback() -> Iterator[None]:
+    """Whatever Ray starts in here listens on 127.0.0.1 only.
+
+    Ray does this by itself on macOS and Windows. It takes no address of 127.0.0.1 from its caller,
+    but replaces it by one that others can reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
 def session(
     address: str | None = None, *, cpus: int | None = None, dashboard: bool = False
 ) -> Iterator[None]:
@@ -37,8 +53,10 @@ def session(
 
     Args:
         address: a cluster to join (`auto`, `HOST:PORT`, `ray://HOST:10001`); default the
-            environment's RAY_ADDRESS. Without either a local Ray is started, on this machine only,
-            and stopped at the end; a Ray that somebody left behind is never joined.
+            environment's RAY_ADDRESS. Without either a local Ray is started, which listens on
+            127.0.0.1 only and (Ray's default for a local one, unless RAY_AUTH_MODE says otherwise)
+            demands a token, and is stopped at the end; a Ray that somebody left behind is never
+            joined.
         cpus: cores of a local Ray; default all.
         dashboard: start Ray's own dashboard with a local Ray, on this machine only.
 
@@ -52,13 +70,14 @@ def session(
     local = address in (None, "local")
     try:
         if local:
-            context = ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=dashboard,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _loopback():
+                context = ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=dashboard,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         else:
             _answers(address or "")
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -66,7 +85,7 @@ def session(
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--address: no Ray cluster at {address}: {reason}; start one with 'ray start --head', "
-            "or leave --address and RAY_ADDRESS out to use this machine"
+            "or use this machine with --address local"
         ) from None
     _found["dashboard"] = getattr(context, "dashboard_url", None) or ""
     try:

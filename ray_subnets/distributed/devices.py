@@ -9,7 +9,7 @@ import ray
 import torch
 
 from ray_subnets.config import ResourcesSection
-from ray_subnets.plan import Node, places, share
+from ray_subnets.placement import Node, places, share
 
 
 def alive() -> dict[str, dict[str, Any]]:
@@ -50,6 +50,13 @@ def nodes() -> list[Node]:
     return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in resources]
 
 
+def has_gpus() -> bool:
+    """Has the cluster any, or may its autoscaler start nodes that have?"""
+    # None without an autoscaler. Ray offers it to its own libraries only.
+    could = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get("GPU", 0), could.get("GPU", 0)) > 0
+
+
 @dataclass(frozen=True)
 class Share:
     """What one actor owns."""
@@ -67,6 +74,8 @@ class Share:
         """
         machines = nodes()
         owned = Share(*share(resources, machines))
+        if resources.gpus_per_actor is None and has_gpus():
+            owned = Share(owned.cpus, 1.0)
         if not any(owned.on(node) for node in machines) and not growing:
             cpus, gpus = sum(node.cpus for node in machines), sum(node.gpus for node in machines)
             raise ValueError(

@@ -16,6 +16,7 @@ from ray_subnets.config import ResourcesSection
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import ChildActor, pack_data
 from ray_subnets.distributed.devices import Share, alive
+from ray_subnets.distributed.visible import leave_mark, take_mark
 from ray_subnets.flat import Flat
 from ray_subnets.population import Report, Task
 from ray_subnets.recipes import ChildResult, Epoch, Fault, Fit, Job, Result, Status
@@ -81,6 +82,7 @@ class RayPool:
         self._task, self._resources, self._growing = task, resources, growing
         self._jobs = jobs
         self._share = Share.of(resources, growing=growing)
+        leave_mark(task.folder)
         flat, self.rest = pack_data(data)
         self.data = ray.put(flat)
         self._selection, self._notify, self._watch = selection, notify, watch
@@ -333,6 +335,7 @@ class RayPool:
         """End all actors."""
         for slot in list(self._slots):
             self._retire(slot)
+        take_mark(self._task.folder)
 
 
 def _name(node: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.data import Data
 from ray_subnets.distributed import selection as selecting
+from ray_subnets.distributed.devices import has_gpus
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.parent import RayTrainParent
 from ray_subnets.distributed.pool import RayPool
@@ -62,7 +63,7 @@ def run(
     trainer = None
     workers = config.parent.workers
     if workers > 1:
-        gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.resources.gpus_per_actor != 0
+        gpus = has_gpus() and config.resources.gpus_per_actor != 0
         trainer = RayTrainParent(task, workers=workers, threads=config.resources.threads, gpus=gpus)
         _check_room(workers, "GPU" if gpus else "CPU", growing)
     pool = RayPool(

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-if __name__ == "__main__":
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_ADDRESS", None)
+# At Ray's 15 anything else on the machine starves the workers.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
+import psutil
 from tiny import numbers
 
-from faults.raylets import Raylets, raylets
+from ray_subnets.distributed.local_cluster import LocalCluster, local_cluster
 
 COMMAND = [sys.executable, "-m", "ray_subnets.launch"]
 LIMIT = 600.0  # seconds for one scenario
@@ -78,7 +79,7 @@ class Outcome:
 class Stage:
     """A scenario under way."""
 
-    cluster: Raylets
+    cluster: LocalCluster
     folder: Path
     process: subprocess.Popen[str]
 
@@ -103,7 +104,7 @@ def kill_driver(stage: Stage) -> None:
 
 
 def kill_selection(stage: Stage) -> None:
-    for process in stage.cluster.processes():
+    for process in psutil.Process().children(recursive=True):
         if process.name().startswith("ray::Selection"):
             os.kill(process.pid, signal.SIGKILL)
             return
@@ -168,7 +169,9 @@ SCENARIOS = [
 ]
 
 
-def play(scenario: Scenario, cluster: Raylets, chaos: Path, out: Path, expected: Any) -> Outcome:
+def play(
+    scenario: Scenario, cluster: LocalCluster, chaos: Path, out: Path, expected: Any
+) -> Outcome:
     """Run it to its end, resuming as often as its driver dies."""
     for old in chaos.iterdir():
         old.unlink()
@@ -242,6 +245,19 @@ def reference(out: Path) -> Any:
     return json.loads((out / "result.json").read_text())
 
 
+def stage_of(nodes: int) -> AbstractContextManager[LocalCluster]:
+    """A head that holds no child, and nodes that hold one each."""
+    return local_cluster(nodes + 1, head_cpus=0, prompt=True)
+
+
+def restore(cluster: LocalCluster, nodes: int) -> None:
+    """As many nodes as there were."""
+    while len(cluster.nodes) < nodes:
+        cluster.add()
+    while len(cluster.nodes) > nodes:
+        cluster.kill()
+
+
 def perform(scenarios: Sequence[Scenario], scratch: Path, nodes: int = 3) -> list[Outcome]:
     """All of them, one after the other, on one cluster."""
     chaos = scratch / "chaos"
@@ -250,12 +266,12 @@ def perform(scenarios: Sequence[Scenario], scratch: Path, nodes: int = 3) -> lis
     os.environ |= {"CHAOS": str(chaos), "CHAOS_PAUSE": "0.01"}
     try:
         outcomes = []
-        with raylets(nodes) as cluster:
+        with stage_of(nodes) as cluster:
             for number, scenario in enumerate(scenarios):
                 outcome = play(scenario, cluster, chaos, scratch / f"run-{number}", expected)
                 outcomes.append(outcome)
                 print(row(outcome), flush=True)
-                cluster.restore(nodes)
+                restore(cluster, nodes)
         return outcomes
     finally:
         del os.environ["CHAOS"], os.environ["CHAOS_PAUSE"]
