@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from ray_subnets.options import Address, Overrides, Quiet, Serial
 
 out = Console()
 err = Console(stderr=True)
@@ -23,30 +26,21 @@ def sweep(
             "sweep to go on with",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
-    ] = None,
+    overrides: Overrides = None,
     folder: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="sweep's folder; default runs/NAME")
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="sweep's folder; default: NAME in RAY_SUBNETS_RUNS, or in runs",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete what is in the folder first")
     ] = False,
-    serial: Annotated[
-        bool, typer.Option("--serial", help="no Ray: every trial in this process, same numbers")
-    ] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            envvar="RAY_ADDRESS",
-            help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001); default: start Ray here",
-        ),
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="no progress, only the result")
-    ] = False,
+    serial: Serial = False,
+    address: Address = None,
+    quiet: Quiet = False,
 ) -> None:
     """Try many settings of a run and choose among them, on validation data, by Ray Tune.
 
@@ -71,7 +65,7 @@ def sweep(
         _do(settings, target, serial, address, quiet)
         return
     settings = load(config, overrides or [])
-    where = folder or f"runs/{settings.name}"
+    where = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     if "://" in where:
         raise ValueError(f"--out: a sweep needs a folder on a file system, not {where}")
     RunFolder.check_free(where, overwrite=overwrite)

@@ -28,6 +28,15 @@ import typer
 from rich.console import Console
 
 from ray_subnets import commands_sweep
+from ray_subnets.options import (
+    Address,
+    Overrides,
+    Quiet,
+    RunArgument,
+    Serial,
+    address_or_head,
+    on_head,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,44 +61,12 @@ MORE = """More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run fashion_mni
 and -- --help for everything else."""
 
 
-def _on_head() -> bool:
-    """Is this machine the head of a cluster that `ray up` made? Its own file lies there then."""
-    return (Path.home() / "ray_bootstrap_config.yaml").is_file()
-
-
-def _address(given: str | None) -> str | None:
-    """Beside the Ray that a head has already, a second one would be a mistake."""
-    return given or ("auto" if _on_head() else None)
-
-
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
-Serial = Annotated[
-    bool, typer.Option("--serial", help="no Ray: everything in this process, same numbers")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        envvar="RAY_ADDRESS",
-        callback=_address,
-        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001), or local to start Ray here; "
-        "default: local, but auto on the head of a cluster made by ray up",
-    ),
-]
-
-
 @app.command(no_args_is_help=True)
 def run(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped config")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
-    ] = None,
+    overrides: Overrides = None,
     folder: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +129,7 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     data = driver.load_data(config)
     cost = forward_cost(driver.build(config, data), data.input_shape)
     nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
-    joined = _address(address)
+    joined = address_or_head(address)
     if joined and not serial:
         from ray_subnets.distributed import cluster, devices
 
@@ -276,7 +253,7 @@ def _do(
     _show(record)
     page = report.write(folder)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
-    if _on_head() and "://" not in str(folder):
+    if on_head() and "://" not in str(folder):
         line = f"Fetch it: ray rsync-down CLUSTER.yaml {folder}/ runs/{folder.name}/"
         out.print(line, highlight=False, soft_wrap=True)
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
+    ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
     ["masks"],
     ["noisy", "sparse", "stochastic", "units", "streaming"],
@@ -53,7 +54,7 @@ FLOORS = [
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders"}
-GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
 GROUND_FLOOR.append("trust_region")
 
 
