@@ -117,9 +117,10 @@ def run(
     """
     from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
+    from ray_subnets.storage import join
 
     settings = configfile.load(config, overrides or [])
-    target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
+    target = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
     if plan:
         return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
