@@ -100,6 +100,7 @@ def run(
     """
     from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
+    from ray_subnets.storage import join
 
     if from_sweep:
         from ray_subnets.sweep import run_config
@@ -107,7 +108,7 @@ def run(
         settings = run_config(config, from_sweep, overrides or [])
     else:
         settings = configfile.load(config, overrides or [])
-    target = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
+    target = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
     if plan:
         return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)

@@ -83,6 +83,12 @@ def place(root: str | Path) -> Place:
     return _opened(text, scheme)
 
 
+def join(root: str, name: str) -> str:
+    """A name in a folder; what a URI says behind `?` stays at its end."""
+    folder, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
 def _opened(uri: str, scheme: str) -> Place:
     import pyarrow as pa
     from pyarrow import fs
@@ -109,7 +115,8 @@ def _opened(uri: str, scheme: str) -> Place:
         raise ValueError(f"{uri}: {why}") from None
     if isinstance(filesystem, fs.LocalFileSystem):
         return LocalPlace(Path(path))
-    return RemotePlace(uri, filesystem, path.rstrip("/"))
+    folder, mark, query = uri.partition("?")
+    return RemotePlace(folder.rstrip("/") + mark + query, filesystem, path.rstrip("/"))
 
 
 def reason(error: BaseException) -> str:
@@ -214,8 +221,7 @@ class RemotePlace:
         self._whole = filesystem.type_name in ("s3", "gcs", "abfs")
 
     def path(self, name: str = "") -> str:
-        folder, mark, query = self._uri.partition("?")
-        return "/".join([folder.rstrip("/"), *([name] if name else [])]) + mark + query
+        return join(self._uri, name) if name else self._uri
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
