@@ -135,11 +135,12 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     from ray_subnets import driver, plan_table
     from ray_subnets import plan as plan_
     from ray_subnets.flops import forward_cost
+    from ray_subnets.placement import Node
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
     cost = forward_cost(driver.build(config, data), data.input_shape)
-    nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
     joined = _address(address)
     if joined and not serial:
         from ray_subnets.distributed import cluster, devices

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import sparse, supervised
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
 from ray_subnets.spawning import (
@@ -85,8 +85,11 @@ def check_room(folder: RunFolder, name: str, size: int) -> None:
         WriteFailed: no.
     """
     probe = f"{name}.room"
-    folder.write(probe, bytes(size))
-    folder.remove(probe)
+    try:
+        folder.write(probe, bytes(size))
+        folder.remove(probe)
+    except WriteFailed as error:
+        raise WriteFailed(str(error).replace(probe, name)) from None
 
 
 def checkpoint_name(job: Job) -> str:

@@ -30,7 +30,7 @@ FLOORS = [
     ["population", "summary", "groups"],
     ["config"],
     ["configfile"],
-    ["driver"],
+    ["driver", "placement"],
     ["plan"],
     ["plan_table"],
     ["table", "figures", "evaluation", "events", "progress"],

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from ray_subnets.config import ResourcesSection
-from ray_subnets.plan import Node, places, share
+from ray_subnets.placement import Node, places, share
 
 
 def alive() -> dict[str, dict[str, Any]]:
