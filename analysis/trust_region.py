@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def by_density(record: Mapping[str, Any]) -> dict[float, list[Trial]]:
 
 def window(trials: Sequence[Trial], bound: float) -> float | None:
     """The sigma at which KL meets the bound, interpolated in logarithms; None if it does not."""
-    for below, above in zip(trials, trials[1:], strict=False):
+    for below, above in pairwise(trials):
         low, high = below["mean"]["kl"], above["mean"]["kl"]
         if low <= bound < high:
             share = math.log(bound / low) / math.log(high / low)

@@ -2,9 +2,9 @@
 
 make bench            # or: python -m analysis.benchmarks.sweeps [--size 10] [--seeds 3]
 
-LeNet-S on Fashion-MNIST: sigma by density, a few noisy children to a trial. Parents are trained before
-the clock starts. "Beyond" is what a worker's trial cost beyond the trial's own work, wanted: at most
-half a second.
+LeNet-S on Fashion-MNIST: sigma by density, a few noisy children to a trial. Parents are trained
+before the clock starts. "Beyond" is what a cell cost a worker beyond its trials' own work; wanted:
+at most half a second.
 """
 
 from __future__ import annotations
