@@ -47,6 +47,8 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.children
 	$(BIN)/python -m analysis.benchmarks.distributed
 	$(BIN)/python -m analysis.benchmarks.population_128
+	$(BIN)/python -m analysis.benchmarks.trust_region
+	$(BIN)/python -m analysis.benchmarks.sweeps
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup

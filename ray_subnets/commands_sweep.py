@@ -95,7 +95,9 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
 
                 stack.enter_context(cluster.session(address, dashboard=cluster.has_dashboard()))
                 monitor.links |= cluster.links()
-                record = sweeps.run(settings, folder, monitor, notify=notify, growing=bool(address))
+                record = sweeps.run(
+                    settings, folder, monitor, notify=notify, growing=address not in (None, "local")
+                )
     except KeyboardInterrupt:
         err.print(
             f"Stopped. What was computed is kept: ray-subnets sweep {folder.root}", soft_wrap=True

@@ -39,8 +39,9 @@ class Monitor:
         self.cells: dict[str, dict[str, Any]] = {}
         self._environment = environment.describe()
         self._state, self._written, self._took = "starting", 0.0, 0.0
-        self._began = self._first = time.time()
+        self._began = self._first = self._last = time.time()
         self._work, self._ended = 0.0, 0
+        self._warm: tuple[float, float] | None = None  # time and work at the first result
         self.slots = 1
         for values in sweep.cells():
             self._cell(values)
@@ -80,6 +81,7 @@ class Monitor:
         cell = self._cell(values)
         cell["seeds"] = [dict(record) for record in records]
         self._work += float(records[-1]["seconds"])
+        self._warm = self._warm or (time.time(), self._work)
         self._write_soon()
 
     def ended(
@@ -91,7 +93,7 @@ class Monitor:
         cell["status"] = "failed" if error else "done" if whole else "stopped"
         cell["error"] = error
         cell["worker"] = worker or cell.get("worker")
-        self._ended += 1
+        self._ended, self._last = self._ended + 1, time.time()
         count = sum(c["status"] in ("done", "stopped", "failed") for c in self.cells.values())
         outcome = f"failed: {error}"
         if not error:
@@ -105,15 +107,21 @@ class Monitor:
         self._write_soon()
 
     def times(self) -> dict[str, float]:
-        """Seconds: by the clock, of the trials' own work, and what a trial cost beyond it."""
-        clock = time.time() - self._first
-        beyond = self.slots * clock - self._work
+        """Seconds: by the clock, of the trials' own work, and what a trial cost beyond it.
+
+        The last is counted from the first result on, when the workers are there, to the last
+        trial's end, over all workers.
+        """
+        beyond = 0.0
+        if self._warm and self._ended > 1:
+            since, work = self._warm
+            beyond = self.slots * (self._last - since) - (self._work - work)
         return {
             "clock": time.time() - self._began,
-            "trials": clock,
+            "trials": self._last - self._first,
             "work": self._work,
             "slots": self.slots,
-            "beyond_per_trial": beyond / self._ended if self._ended else 0.0,
+            "beyond_per_trial": max(0.0, beyond / max(1, self._ended - 1)),
         }
 
     def _write_soon(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -28,6 +29,7 @@ from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share, granted, here
 from ray_subnets.distributed.pool import RayPool
 from ray_subnets.distributed.sweepgauges import SweepGauges
+from ray_subnets.distributed.visible import check_mark, leave_mark, take_mark
 from ray_subnets.recipes import Fit, Result
 from ray_subnets.stored import stored_result
 from ray_subnets.sweep import averaged, objective
@@ -53,6 +55,7 @@ class Trial(tune.Trainable):
         import_from: str = "",
     ) -> None:
         key, flat, rest = packed
+        check_mark(root)
         self._sweep: Sweep = sweep
         self._evaluator = Evaluator(
             root, data={key: unpack_data(flat, rest)}, device=granted(gpus), import_from=import_from
@@ -317,10 +320,13 @@ def run(
         ),
         {"cpu": share.cpus, "gpu": share.gpus},
     )
+    # Tune knows trainables by name, and two sweeps in one process are not the same.
+    trainable.__name__ = f"Trial_{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"
     monitor.slots = base.resources.actors or share.fit()
     _MONITORS[str(folder)] = monitor
     path = str(folder.root / "tune")
     monitor.state("running")
+    leave_mark(str(folder))
     try:
         if tune.Tuner.can_restore(path):
             tuner = tune.Tuner.restore(path, trainable, restart_errored=True)
@@ -354,5 +360,6 @@ def run(
         raise
     finally:
         del _MONITORS[str(folder)]
+        take_mark(str(folder))
     monitor.state("finished")
     return monitor.write()
