@@ -220,8 +220,7 @@ def play(
         outcome.equal = plain(record) == plain(expected)
         outcome.lost = sum(child["error"] is not None for child in record["children"])
         outcome.retried = sum(
-            network["attempts"] - 1
-            for network in [record["parent"], *record["children"]]
+            network["attempts"] - 1 for network in [record["parent"], *record["children"]]
         )
     return outcome
 
