@@ -86,7 +86,7 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
     monitor.write()
     notify(f"Live page: {folder.root / 'sweep.html'}; served: ray-subnets dashboard {folder.root}")
     try:
-        if serial:
+        if serial or monitor.complete:
             first = settings.config(settings.corners()[0], settings.section.seeds[0])
             record = run_here(settings, folder, monitor, device=device_here(first))
         else:

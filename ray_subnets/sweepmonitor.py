@@ -45,11 +45,23 @@ class Monitor:
         self.slots = 1
         for values in sweep.cells():
             self._cell(values)
-        if folder.exists(RECORD):
-            for old in folder.read_json(RECORD)["trials"]:
-                cell = self._cell(old["values"])
-                if old["status"] in ("failed", "stopped") and cell["status"] != "done":
-                    cell |= {"status": old["status"], "error": old["error"]}
+        for old in self._earlier():
+            cell = self._cell(old["values"])
+            if cell["status"] != "done" and old["status"] in ("failed", "stopped"):
+                cell |= {"status": old["status"], "error": old["error"]}
+            elif cell["status"] == "waiting" and not sweep.cells():
+                # A search that was killed may or may not take this cell up again.
+                cell["status"] = "stopped"
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """Trials in `sweep.json`, if there is a sound one."""
+        if not self.folder.exists(RECORD):
+            return []
+        try:
+            trials: list[dict[str, Any]] = self.folder.read_json(RECORD)["trials"]
+        except (ValueError, KeyError, TypeError):
+            return []  # the trials' own files are what counts
+        return trials
 
     def _cell(self, values: Mapping[str, Any]) -> dict[str, Any]:
         id = cell_id(values)
@@ -59,6 +71,11 @@ class Monitor:
             status = "done" if done else "waiting"
             self.cells[id] = {"values": dict(values), "seeds": seeds, "status": status}
         return self.cells[id]
+
+    @property
+    def complete(self) -> bool:
+        """Is every cell of a grid done or given up?"""
+        return bool(self.sweep.cells()) and not self.left
 
     @property
     def left(self) -> list[dict[str, Any]]:

@@ -387,6 +387,23 @@ def test_more_than_two_keys_are_slices() -> None:
     assert sorted(id for m in record["maps"] for row in m["cells"] for id in row) == sorted(cells)
 
 
+def test_a_damaged_record_costs_nothing(tmp_path: Path) -> None:
+    """`sweep.json` is made again from the trials' own files; of a search, cells stay listed."""
+    settings = parse("sweep.seeds=[0]", text=NOISE)
+    target = RunFolder.create(tmp_path / "sweep")
+    before = run_here(settings, target, Monitor(target, settings))
+    target.write("sweep.json", b"{")
+    monitor = Monitor(target, settings)
+    assert monitor.complete
+    assert numbers(monitor.write()) == numbers(before)
+    search = parse("sweep.search=random", "sweep.samples=2", "sweep.seeds=[0]", text=NOISE)
+    first = Monitor(target, search)
+    assert [cell["status"] for cell in first.cells.values()] == ["done"] * 4
+    first.started({"children.0.sigma": 0.7, "density": 0.5})
+    first.write()
+    assert [c["status"] for c in Monitor(target, search).cells.values()].count("stopped") == 1
+
+
 def test_a_damaged_trial_is_done_again(finished: tuple[Path, dict[str, Any]]) -> None:
     path, _ = finished
     values = parse(text=NOISE).cells()[0]

@@ -23,7 +23,7 @@ from ray_subnets.recipes import ChildSpec, Training
 from ray_subnets.spawning import anatomy
 from ray_subnets.trust_region import Probe, Weights, solve
 
-TARGET, DRAWS = 0.02, 4
+TARGET = 0.02
 NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [256, 256]},
     "lenet_s": {},
@@ -43,13 +43,13 @@ def trained(name: str, data: Data, steps: int) -> torch.nn.Module:
     return model.eval()
 
 
-def measure(name: str, data: Data, samples: int, steps: int) -> list[list[str]]:
+def measure(name: str, data: Data, samples: int, steps: int, draws: int) -> list[list[str]]:
     """Rows of the table: three starts, and the grid."""
     model = trained(name, data, steps)
     parent = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     specs = [
         ChildSpec(id=f"{i}", method="noisy", seed=i, density=0.5, draw="bernoulli")
-        for i in range(DRAWS)
+        for i in range(draws)
     ]
     body = anatomy(model, specs[0], data.input_shape)
     images = data.validation.images[torch.arange(samples)]
@@ -98,14 +98,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="of the hold-out set")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=150, help="training before, of 128 images")
+    parser.add_argument("--draws", type=int, default=4, help="of mask and noise")
     options = parser.parse_args()
     torch.set_num_threads(2)
     data = datasets.load("fashion_mnist", validation=5000)
-    table = Table(title=f"KL target {TARGET}, {DRAWS} draws, {options.samples} samples")
+    table = Table(title=f"KL target {TARGET}, {options.draws} draws, {options.samples} samples")
     for heading in ("network", "how", "sigma", "KL", "passes", "seconds", "of the grid's passes"):
         table.add_column(heading, justify="left" if heading in ("network", "how") else "right")
     for name in options.networks:
-        for row in measure(name, data, options.samples, options.steps):
+        for row in measure(name, data, options.samples, options.steps, options.draws):
             table.add_row(*row)
     Console(width=110).print(table)
 
