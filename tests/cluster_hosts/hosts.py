@@ -103,7 +103,7 @@ class Hosts:
         unshare = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
         self._processes.append(
             subprocess.Popen(
-                # If this process is killed, the host dies too, and with it all in its pid namespace.
+                # If this process is killed, the host dies too, and all in its pid namespace.
                 [*DIES_WITH_US, "ip", "netns", "exec", name, *unshare, str(HOST), *places],
                 stdout=log,
                 stderr=log,
