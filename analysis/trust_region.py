@@ -78,7 +78,7 @@ def table(record: Mapping[str, Any]) -> str:
     fit = record["fit"]
     lines.append(
         f"\nParent {100 * some['parent_accuracy']:.2f} %; {len(record['seeds'])} seeds, validation "
-        f"data. Accuracy of the mean child against KL, cells within 1 nat: "
+        f"data. Accuracy of the mean child, minus its parent's, against KL, cells within 1 nat: "
         f"{-100 * fit['slope']:.1f} points per nat, correlation {fit['correlation']:.3f}, "
         f"n = {fit['n']}."
     )
@@ -99,7 +99,7 @@ def draw(record: Mapping[str, Any], file: str) -> None:
             near = [t for t in trials if t["mean"]["kl"] <= 1]
             line.plot(
                 [t["mean"]["kl"] for t in near],
-                [100 * t["mean"]["accuracy"] for t in near],
+                [100 * (t["mean"]["accuracy"] - t["mean"]["parent_accuracy"]) for t in near],
                 "o",
                 ms=4,
                 **how,
@@ -130,7 +130,10 @@ def _finish(
         fit = record["fit"]
         line.plot(ends, [100 * (fit["intercept"] + fit["slope"] * x) for x in ends], "k-", lw=1)
     kl.set(xlabel="sigma", ylabel="KL from the parent, nats")
-    line.set(xlabel="KL from the parent, nats", ylabel="accuracy of the mean child, %")
+    line.set(
+        xlabel="KL from the parent, nats",
+        ylabel="accuracy of the mean child\nminus the parent's, points",
+    )
     for axes, name in ((vote, "majority vote"), (mean, "mean of probabilities")):
         axes.set_xscale("log")
         axes.axhline(parent, color="black", ls=":", lw=1)

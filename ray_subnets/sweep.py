@@ -110,12 +110,12 @@ def _failures(trial: Mapping[str, Any]) -> int:
 
 
 def line_of_fit(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Accuracy of the mean child against KL, a least-squares line through cells within 1 nat.
+    """Accuracy of the mean child minus its parent's, against KL: least squares within 1 nat.
 
     Section 4.2.1: "roughly linear". None with fewer than three cells, or without any spread.
     """
     points = [
-        (t["mean"]["kl"], t["mean"]["accuracy"])
+        (t["mean"]["kl"], t["mean"]["accuracy"] - t["mean"]["parent_accuracy"])
         for t in trials
         if t["mean"] and t["mean"]["kl"] <= 1.0
     ]

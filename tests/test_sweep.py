@@ -321,6 +321,7 @@ def test_the_command_goes_on_with_a_folder(
 
 def trial(id: str, kl: float, accuracy: float, nll: float = 0.5, **more: Any) -> dict[str, Any]:
     mean = {"kl": kl, "accuracy": accuracy, "ensemble_accuracy": accuracy, "ensemble_nll": nll}
+    mean["parent_accuracy"] = more.pop("parent", 0.9)
     return {
         "id": id,
         "status": "done",
@@ -364,11 +365,14 @@ def test_the_contour_is_where_kl_meets_the_bound() -> None:
 
 
 def test_the_line_is_fitted_within_a_nat() -> None:
-    cells = [trial(str(i), kl, 0.9 - 0.2 * kl) for i, kl in enumerate((0.1, 0.2, 0.5, 0.9))]
+    cells = [  # of two parents, whose children lose as much
+        trial(str(kl), kl, parent - 0.2 * kl, parent=parent)
+        for kl, parent in ((0.1, 0.9), (0.2, 0.7), (0.5, 0.9), (0.9, 0.7))
+    ]
     fit = sweep.line_of_fit([*cells, trial("far", 7.0, 0.1)])
     assert fit is not None
     assert fit["slope"] == pytest.approx(-0.2)
-    assert fit["intercept"] == pytest.approx(0.9)
+    assert fit["intercept"] == pytest.approx(0.0)
     assert (fit["correlation"], fit["n"]) == (pytest.approx(-1), 4)
     assert sweep.line_of_fit(cells[:2]) is None
 
