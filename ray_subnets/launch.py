@@ -227,6 +227,8 @@ def _do(
 
             stack.enter_context(cluster.session(address))
         folder = make()
+        if "://" not in str(folder):
+            view.note(f"To watch it: ray-subnets dashboard {folder}")
         cost = driver.prepare(config, data, folder)
         events = Events(folder, view.note)
         stack.callback(events.close)

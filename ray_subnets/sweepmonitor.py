@@ -41,7 +41,8 @@ class Monitor:
         self._state, self._written, self._took = "starting", 0.0, 0.0
         self._began = self._first = self._last = time.time()
         self._work, self._ended = 0.0, 0
-        self._warm: tuple[float, float] | None = None  # time and work at the first result
+        # When every worker was there first: time, work and ended cells until then.
+        self._warm: tuple[float, float, int] | None = None
         self.slots = 1
         for values in sweep.cells():
             self._cell(values)
@@ -91,6 +92,9 @@ class Monitor:
 
     def started(self, values: Mapping[str, Any], worker: str = "") -> None:
         self._cell(values).update(status="running", worker=worker)
+        running = sum(cell["status"] == "running" for cell in self.cells.values())
+        if self._warm is None and running >= self.slots:
+            self._warm = (time.time(), self._work, self._ended)
         self._write_soon()
 
     def progressed(self, values: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
@@ -98,7 +102,6 @@ class Monitor:
         cell = self._cell(values)
         cell["seeds"] = [dict(record) for record in records]
         self._work += float(records[-1]["seconds"])
-        self._warm = self._warm or (time.time(), self._work)
         self._write_soon()
 
     def ended(
@@ -126,19 +129,19 @@ class Monitor:
     def times(self) -> dict[str, float]:
         """Seconds: by the clock, of the trials' own work, and what a trial cost beyond it.
 
-        The last is counted from the first result on, when the workers are there, to the last
-        trial's end, over all workers.
+        The last is counted over all workers, from when each had a trial to the last trial's end.
         """
-        beyond = 0.0
-        if self._warm and self._ended > 1:
-            since, work = self._warm
+        beyond, cells = 0.0, 0
+        if self._warm:
+            since, work, before = self._warm
             beyond = self.slots * (self._last - since) - (self._work - work)
+            cells = self._ended - before
         return {
             "clock": time.time() - self._began,
             "trials": self._last - self._first,
             "work": self._work,
             "slots": self.slots,
-            "beyond_per_trial": max(0.0, beyond / max(1, self._ended - 1)),
+            "beyond_per_trial": max(0.0, beyond / max(1, cells)),
         }
 
     def _write_soon(self) -> None:

@@ -66,7 +66,7 @@ def measure(name: str, data: Data, samples: int, steps: int, draws: int) -> list
         for density in DENSITIES:
             probe.measure([replace(spec, sigma=sigma, density=density) for spec in specs])
     grid, grid_seconds = probe.passes, time.perf_counter() - began
-    rows = [[name, "10 x 10 grid", "", "", str(grid), f"{grid_seconds:.1f}", "1.00"]]
+    rows = [["10 x 10 grid", "", "", str(grid), f"{grid_seconds:.1f}", "1.00"]]
     for label, factor in (("default", 0.0), ("/100", 0.01), ("x 100", 100.0)):
         began = time.perf_counter()
         probe = Probe(parent, body, answers)
@@ -74,7 +74,6 @@ def measure(name: str, data: Data, samples: int, steps: int, draws: int) -> list
         seconds = time.perf_counter() - began
         rows.append(
             [
-                name,
                 f"solver, start {label}",
                 f"{found.sigma:.5f}",
                 f"{found.divergence.kl:.5f}",
@@ -90,7 +89,7 @@ def measure(name: str, data: Data, samples: int, steps: int, draws: int) -> list
     what = f"solver, {len(body.shapes)} layers each"
     kl, passes = f"{found.divergence.kl:.5f}", str(found.passes)
     share = f"{found.passes / grid:.2f}"
-    return [*rows, [name, what, "", kl, passes, f"{seconds:.1f}", share]]
+    return [*rows, [what, "", kl, passes, f"{seconds:.1f}", share]]
 
 
 def main() -> None:
@@ -102,13 +101,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     data = datasets.load("fashion_mnist", validation=5000)
-    table = Table(title=f"KL target {TARGET}, {options.draws} draws, {options.samples} samples")
-    for heading in ("network", "how", "sigma", "KL", "passes", "seconds", "of the grid's passes"):
-        table.add_column(heading, justify="left" if heading in ("network", "how") else "right")
     for name in options.networks:
-        for row in measure(name, data, options.samples, options.steps, options.draws):
+        samples, draws = options.samples, options.draws
+        table = Table(title=f"{name}: KL target {TARGET}, {draws} draws, {samples} samples")
+        for heading in ("how", "sigma", "KL", "passes", "seconds", "of the grid's passes"):
+            table.add_column(heading, justify="left" if heading == "how" else "right")
+        for row in measure(name, data, samples, options.steps, draws):
             table.add_row(*row)
-    Console(width=110).print(table)
+        Console(width=100).print(table)
 
 
 if __name__ == "__main__":
