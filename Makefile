@@ -47,6 +47,8 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.children
 	$(BIN)/python -m analysis.benchmarks.distributed
 	$(BIN)/python -m analysis.benchmarks.population_128
+	$(BIN)/python -m analysis.benchmarks.trust_region
+	$(BIN)/python -m analysis.benchmarks.sweeps
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup
@@ -63,13 +65,14 @@ study: setup
 	$(BIN)/python -m analysis.groups runs/$(NAME)-[0-9]*
 
 # Where it pays: singles of many budgets, children of three parents, three seeds; about an hour on
-# two cores for each width.
+# two cores for a width of 256.
 WIDTHS ?= 256
+PARENTS ?= 10 20 40
 map: setup
 	for width in $(WIDTHS); do for seed in 0 1 2; do \
 		$(BIN)/ray-subnets run map_singles name=map-w$$width-singles seed=$$seed \
 			model.hidden=[$$width,$$width] --out runs/map-w$$width-singles-$$seed || exit; \
-		for parent in 10 20 40; do \
+		for parent in $(PARENTS); do \
 			$(BIN)/ray-subnets run map_children name=map-w$$width-p$$parent seed=$$seed \
 				model.hidden=[$$width,$$width] parent.epochs=$$parent \
 				--out runs/map-w$$width-p$$parent-$$seed || exit; \

@@ -150,6 +150,7 @@ def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
     """Test NLL (plain, scaled) and accuracy against the budget, a row for each network."""
     table = table.assign(network=networks(table))
     names = sorted(found["network"].unique(), key=lambda name: int(name[1:]))
+    markers = dict(zip(sorted(found["parent"].unique()), "vo^sD", strict=False))
     measures = (
         ("nll", "NLL, nats", 1.0),
         ("nll_scaled", "NLL after temperature scaling", 1.0),
@@ -167,15 +168,13 @@ def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
                 _single_curve(axes, singles, key, scale)
                 for method, colour in COLOURS.items():
                     points = mine[mine["group"].str.startswith(method)]
-                    for (parent, some), marker in zip(
-                        points.groupby("parent"), "vo^", strict=False
-                    ):
+                    for parent, some in points.groupby("parent"):
                         by = some.groupby("group")
                         axes.errorbar(
                             by["budget"].mean(),
                             scale * by[key].mean(),
                             scale * by[key].sem(),
-                            fmt=marker,
+                            fmt=markers[parent],
                             ms=4,
                             color=colour,
                             label=f"{method}, parent {parent} epochs",

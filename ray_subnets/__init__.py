@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
     from ray_subnets.spawning import spawn as spawn
+    from ray_subnets.trust_region import solve_sigma as solve_sigma
 
 __version__ = "0.2.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "Split": "data",
     "Training": "recipes",
     "load": "driver",
+    "solve_sigma": "trust_region",
     "spawn": "spawning",
 }
 __all__ = ["__version__", *sorted(_HOME)]

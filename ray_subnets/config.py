@@ -7,6 +7,7 @@ are errors. `configfile.py` reads settings from YAML.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,9 @@ from ray_subnets.recipes import (
     Fit,
     NonNegative,
     Positive,
+    Result,
+    Solve,
+    SolveResult,
     Training,
     derive,
 )
@@ -187,16 +191,35 @@ class Config(Section):
 
     # --- what follows from the settings ---
 
-    def specs(self) -> list[ChildSpec]:
-        """The recipes of all children, in the order of the groups."""
-        specs: list[ChildSpec] = []
+    def plans(self) -> list[tuple[list[ChildSpec], Solve | None]]:
+        """For each group its recipes, and what must be solved before they are whole."""
+        plans = []
         names: dict[str, int] = {}
         for index, group in enumerate(self.children):
             shared = index if group.draws_of is None else group.draws_of
-            new = group.specs(derive(self.seed, "group", shared), names)
+            seed = derive(self.seed, "group", shared)
+            new = group.specs(seed, names)
+            plans.append((new, group.solve_job(seed, names)))
             names[group.label] = names.get(group.label, 0) + len(new)
+        return plans
+
+    def specs(self, results: Mapping[str, Result] | None = None) -> list[ChildSpec]:
+        """The recipes of all children, in the order of the groups.
+
+        Args:
+            results: by job id; the sigma of those of `solve_jobs` is filled in.
+        """
+        specs: list[ChildSpec] = []
+        for new, job in self.plans():
+            found = (results or {}).get(job.id) if job else None
+            if isinstance(found, SolveResult):
+                new = [replace(spec, sigma=found.sigma, sigmas=found.sigmas) for spec in new]
             specs += new
         return specs
+
+    def solve_jobs(self) -> list[Solve]:
+        """What must be found, given the parent, before some recipes are whole."""
+        return [job for _, job in self.plans() if job]
 
     def parent_job(self) -> Fit:
         return Fit(id="parent", training=plain(self.parent), seed=derive(self.seed, "parent"))

@@ -57,7 +57,17 @@ def _override(record: Any, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ValueError(f"{assignment!r}: an override is written key.path=value")
-    value = _yaml(f"[{text}]" if "," in text and not text.startswith("[") else text, key)
+    if "," in text and not text.startswith(("[", "{")):
+        text = f"[{text}]"
+    assign(record, key, _yaml(text, key))
+
+
+def assign(record: Any, key: str, value: Any) -> None:
+    """Set one `key.path` of settings as written in YAML, in place; list items by number.
+
+    Raises:
+        ValueError: there is no such place.
+    """
     parts: list[Any] = key.split(".")
     node = record
     for depth, part in enumerate(parts):
@@ -147,11 +157,44 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: one line naming the key, what is wrong, and what would be right.
     """
+    record = record_of(text, source, overrides)
+    if "sweep" in record:
+        raise ValueError(
+            f"{source}: sweep: this is a sweep; use 'ray-subnets sweep', or "
+            "'ray-subnets run ... --from-sweep' for the run that it chose"
+        )
+    return checked(record, source)
+
+
+def record_of(text: str, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings as written, with overrides; not checked yet.
+
+    Raises:
+        ValueError: not a mapping, or an override has no place in it.
+    """
     record = _yaml(text, source)
     if not isinstance(record, dict):
         raise ValueError(f"{source}: a config is a mapping of keys to values")
-    for assignment in overrides:
+    override(record, overrides)
+    return record
+
+
+def override(record: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply `key.path=value` to settings as written, in place.
+
+    Raises:
+        ValueError: it is not of that form, or there is no such place.
+    """
+    for assignment in assignments:
         _override(record, assignment)
+
+
+def checked(record: dict[str, Any], source: str) -> Config:
+    """A configuration from settings as written.
+
+    Raises:
+        ValueError: one line naming the key, what is wrong, and what would be right.
+    """
     for path, value in _leaves(record):
         if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{source}: {path}: must be a finite number, not {value}")
@@ -188,11 +231,19 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """`parse` of a file found by `find`."""
     path = find(name)
+    return parse(text_of(path), path.name, overrides)
+
+
+def text_of(path: Path) -> str:
+    """The text of a config file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"CONFIG: cannot read {path}: {error}") from None
-    return parse(text, path.name, overrides)
 
 
 def grown(config: Config, to: int, label: str | None) -> Config:

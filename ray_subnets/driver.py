@@ -7,7 +7,7 @@ process or a cluster, and nothing it computes depends on that.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +33,8 @@ from ray_subnets.recipes import ChildResult, ChildSpec, Fit, Job, Note, Result, 
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import load_weights, needs_parent, restore, stored_result
-from ray_subnets.summary import LABELS, load_outputs, summarise
+from ray_subnets.summary import LABELS, busy_seconds, load_outputs, summarise
+from ray_subnets.trust_region import check_target, described
 
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
@@ -63,6 +64,8 @@ def build(config: Config, data: Data) -> nn.Module:
         seed=0,
         channels_last=config.resources.channels_last,
     )
+    for job in config.solve_jobs():
+        check_target(job.kl_target, data.num_classes)
     seen = set()
     for spec in config.specs():
         key = (spec.mask_classifier, spec.structure if spec.structure in KINDS else "weight")
@@ -79,6 +82,7 @@ def jobs(config: Config) -> list[Job]:
         config.parent_job(),
         *([single] if single else []),
         *config.singles_jobs(),
+        *config.solve_jobs(),
         *config.specs(),
     ]
 
@@ -128,7 +132,7 @@ def run(
     torch.set_num_threads(config.resources.threads)
     try:
         results = _work(config, folder, pool, listen)
-        specs = config.specs()
+        specs = config.specs(results)
         decisions = (choose or _choose(config))({spec.id: results[spec.id] for spec in specs})
         trace = None
         if config.select.method == "greedy":
@@ -136,7 +140,7 @@ def run(
             decisions = joined(decisions, trace)
         if not any(decision.selected for decision in decisions):
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
-        _write_members(config, data, folder, results, decisions)
+        _write_members(config, data, folder, specs, results, decisions)
         start = min(result.started for result in results.values())
         record = summarise(
             folder,
@@ -147,10 +151,15 @@ def run(
             results=results,
             decisions=decisions,
             cost=cost,
-            times={"start": start, "wall_seconds": _busy_seconds(results.values())},
+            times={"start": start, "wall_seconds": busy_seconds(results.values())},
         )
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
+        if config.solve_jobs():
+            size = len(data.validation)
+            record["trust_region"] = [
+                described(job, results[job.id], size) for job in config.solve_jobs()
+            ]
         record["faults"] = [asdict(fault) for fault in pool.faults]
         record["name"], record["seed"] = config.name, config.seed
         record["data"] = _describe_data(data)
@@ -166,9 +175,11 @@ def run(
 def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> dict[str, Result]:
     """Run parent, single model and children; finished ones are read from the folder."""
     results: dict[str, Result] = {}
-    specs = config.specs()
+    solved = {job.id for job in config.solve_jobs()}
+    submitted: set[str] = set()
 
     def submit(job: Job) -> None:
+        submitted.add(job.id)
         known = stored_result(folder, job, lambda line: listen(Note(job.id, line)))
         if known is not None:
             results[job.id] = known
@@ -180,6 +191,13 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
         stored = results["parent"].weights
         assert stored
         pool.share(flatten(folder.load_tensors(stored)))
+        for job in config.solve_jobs():  # first: others wait for them
+            submit(job)
+        spawn_solved()
+
+    def spawn_solved() -> None:
+        """Submit the children whose recipes are whole."""
+        specs = [s for s in config.specs(results) if s.solved and s.id not in submitted]
         # Longest first, so that the last child to finish is a short one.
         for spec in sorted(specs, key=lambda spec: (-spec.epochs, spec.id)):
             submit(spec)
@@ -196,16 +214,11 @@ def _work(config: Config, folder: RunFolder, pool: Pool, listen: Listener) -> di
             results[report.id] = report
             if report.id == "parent":
                 spawn_children()
+            elif report.id in solved:
+                if report.error:
+                    raise ValueError(f"{report.id}: {report.error}")
+                spawn_solved()
     return results
-
-
-def _busy_seconds(results: Iterable[Result]) -> float:
-    """Time in which at least one job ran: a run that was interrupted or grown later had pauses."""
-    total, until = 0.0, 0.0
-    for start, end in sorted((r.started, r.started + r.seconds) for r in results):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
 
 
 def _choose(config: Config) -> Select:
@@ -287,6 +300,7 @@ def _write_members(
     config: Config,
     data: Data,
     folder: RunFolder,
+    specs: Sequence[ChildSpec],
     results: Mapping[str, Result],
     decisions: Sequence[Decision],
 ) -> None:
@@ -295,7 +309,7 @@ def _write_members(
     parent = results["parent"].weights
     assert parent
     members = []
-    for spec in config.specs():
+    for spec in specs:
         if spec.id in selected:
             result = results[spec.id]
             share = share_of(result.validation, config.select.by)

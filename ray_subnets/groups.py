@@ -19,6 +19,7 @@ from ray_subnets.recipes import (
     Positive,
     Probabilities,
     Schedule,
+    Solve,
     Structure,
     Training,
     derive,
@@ -74,6 +75,10 @@ class Group(Section):
     def set_size(self) -> int:
         """Children that share one draw."""
         return self.partition
+
+    def solve_job(self, seed: int, names: Mapping[str, int]) -> Solve | None:
+        """A job that must be done before the recipes are whole; only noise has one."""
+        return None
 
     def _specs(
         self, method: MethodName, density: float, seed: int, names: Mapping[str, int], **more: Any
@@ -137,8 +142,18 @@ class Noisy(Group):
     """Chapter 4: Gaussian noise on a subnetwork, no training."""
 
     method: Literal["noisy"]
-    sigma: Positive
-    """standard deviation of the noise, in units of the weights"""
+    sigma: Positive | None = None
+    """standard deviation of the noise, in units of the weights; or `kl_target` instead"""
+    kl_target: Positive | None = None
+    """mean KL divergence of children from the parent, in nats: sigma is solved for once the parent
+    is there (section 4.2.1, algorithm 1); harm begins at .02 to .05 (section 4.3.2)"""
+    per_layer: bool = False
+    """with kl_target: a sigma for each layer, such that each alone takes an equal share of it"""
+    kl_samples: Count = 1000
+    """with kl_target: validation samples it is measured on, at most all (section 4.3.3)"""
+    kl_draws: Count = 8
+    """with kl_target: draws of mask and noise it is the mean of, rounded up to whole sets; the
+    same for any `count`, so that a run can grow"""
     mean: float = 0.0
     relative: bool = False
     """sigma and mean in units of each tensor's standard deviation"""
@@ -154,6 +169,14 @@ class Noisy(Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> Noisy:
+        if (self.sigma is None) == (self.kl_target is None):
+            raise ValueError(
+                "sigma: required (standard deviation of the noise), or kl_target instead"
+                if self.sigma is None
+                else "kl_target: sigma is solved for it; leave one of the two out"
+            )
+        if self.per_layer and self.kl_target is None:
+            raise ValueError("per_layer: sigmas of layers are solved for; give a kl_target")
         names = ["mirrored"] * self.mirrored + [f"partitions of {self.partition}"]
         self._check_sets(" ".join(names) if self.partition > 1 else "mirrored pairs")
         if self.partition > 2 and self.density is not None:
@@ -167,9 +190,24 @@ class Noisy(Group):
             density,
             seed,
             names,
-            sigma=self.sigma,
+            sigma=self.sigma or 0.0,
+            kl_target=self.kl_target,
             mean=self.mean,
             relative=self.relative,
+        )
+
+    def solve_job(self, seed: int, names: Mapping[str, int]) -> Solve | None:
+        """What finds this group's sigma, if it has a KL target; named after its first child."""
+        if self.kl_target is None:
+            return None
+        count = -(-self.kl_draws // self.set_size) * self.set_size
+        draws = self.model_copy(update={"count": count}).specs(seed, names)
+        return Solve(
+            id=f"{draws[0].id}-sigma",
+            draws=tuple(draws),
+            kl_target=self.kl_target,
+            samples=self.kl_samples,
+            per_layer=self.per_layer,
         )
 
 

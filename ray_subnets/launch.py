@@ -27,6 +27,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ray_subnets import commands_sweep
+from ray_subnets.options import (
+    Address,
+    Overrides,
+    Quiet,
+    RunArgument,
+    Serial,
+    address_or_head,
+    on_head,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,44 +61,12 @@ MORE = """More: ray submit CLUSTER.yaml ray_subnets/launch.py -- run fashion_mni
 and -- --help for everything else."""
 
 
-def _on_head() -> bool:
-    """Is this machine the head of a cluster that `ray up` made? Its own file lies there then."""
-    return (Path.home() / "ray_bootstrap_config.yaml").is_file()
-
-
-def _address(given: str | None) -> str | None:
-    """Beside the Ray that a head has already, a second one would be a mistake."""
-    return given or ("auto" if _on_head() else None)
-
-
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run folder: runs/NAME, s3://BUCKET/NAME")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
-Serial = Annotated[
-    bool, typer.Option("--serial", help="no Ray: everything in this process, same numbers")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        envvar="RAY_ADDRESS",
-        callback=_address,
-        help="Ray cluster to join (auto, HOST:PORT, ray://HOST:10001), or local to start Ray here; "
-        "default: local, but auto on the head of a cluster made by ray up",
-    ),
-]
-
-
 @app.command(no_args_is_help=True)
 def run(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped config")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
-    ] = None,
+    overrides: Overrides = None,
     folder: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +75,10 @@ def run(
             help="run folder, a path or s3://BUCKET/FOLDER, gs://...; default: NAME in "
             "RAY_SUBNETS_RUNS, or in runs",
         ),
+    ] = None,
+    from_sweep: Annotated[
+        str | None,
+        typer.Option("--from-sweep", metavar="DIR", help="with the settings that a sweep chose"),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete the run that is in the folder first")
@@ -119,7 +102,12 @@ def run(
     from ray_subnets.checkpoints import RunFolder
     from ray_subnets.storage import join
 
-    settings = configfile.load(config, overrides or [])
+    if from_sweep:
+        from ray_subnets.sweep import run_config
+
+        settings = run_config(config, from_sweep, overrides or [])
+    else:
+        settings = configfile.load(config, overrides or [])
     target = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
     if plan:
         return _plan(settings, target, serial, address)
@@ -136,12 +124,13 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
     from ray_subnets import driver, plan_table
     from ray_subnets import plan as plan_
     from ray_subnets.flops import forward_cost
+    from ray_subnets.placement import Node
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
     cost = forward_cost(driver.build(config, data), data.input_shape)
-    nodes = [plan_.Node(os.cpu_count() or 1, torch.cuda.device_count())]
-    joined = _address(address)
+    nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    joined = address_or_head(address)
     if joined and not serial:
         from ray_subnets.distributed import cluster, devices
 
@@ -224,6 +213,7 @@ def _do(
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
     from ray_subnets.population import SerialPool, Worker
+    from ray_subnets.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     joins = address not in (None, "local")
@@ -248,7 +238,7 @@ def _do(
 
         if serial:
             task = driver.task_of(config, folder)
-            pool = SerialPool(Worker(task, data, _serial_device(config)))
+            pool = SerialPool(Worker(task, data, device_here(config)))
             record = driver.run(config, data, folder, pool, cost=cost, listen=listen)
         else:
             record = ray_run.run(
@@ -264,16 +254,9 @@ def _do(
     _show(record)
     page = report.write(folder)
     out.print(f"Report: {page}\nEnsemble: ray_subnets.load({str(folder)!r})", soft_wrap=True)
-    if _on_head() and "://" not in str(folder):
+    if on_head() and "://" not in str(folder):
         line = f"Fetch it: ray rsync-down CLUSTER.yaml {folder}/ runs/{folder.name}/"
         out.print(line, highlight=False, soft_wrap=True)
-
-
-def _serial_device(config: Config) -> str:
-    import torch
-
-    wanted = config.resources.gpus_per_actor
-    return "cuda:0" if torch.cuda.is_available() and wanted != 0 else "cpu"
 
 
 @contextmanager
@@ -292,6 +275,8 @@ def _show(record: dict[str, Any]) -> None:
 
     out.print(table.table(record))
     out.print(table.LEGEND, style="dim", highlight=False)
+    for line in table.trust_text(record):
+        out.print(line, highlight=False)
     for line in table.notes(record):
         out.print(f"Note: {line}", style="yellow", highlight=False, markup=False)
     out.print(table.verdict(record), highlight=False)
@@ -322,6 +307,10 @@ def report(run: RunArgument) -> None:
 
     folder = RunFolder.open(run, needs="result.json")
     out.print(str(report_.write(folder)), soft_wrap=True)
+
+
+app.command(no_args_is_help=True)(commands_sweep.sweep)
+app.command()(commands_sweep.dashboard)
 
 
 def main() -> int:

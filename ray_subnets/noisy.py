@@ -21,7 +21,7 @@ def perturb(
     generator: torch.Generator,
     *,
     mean: float = 0.0,
-    sigma: float = 1.0,
+    sigma: float | Mapping[str, float] = 1.0,
     scale: Mapping[str, float] | None = None,
     sign: int = 1,
 ) -> dict[str, Tensor]:
@@ -32,6 +32,7 @@ def perturb(
 
     Args:
         weights: CPU tensors.
+        sigma: of all tensors, or name -> sigma of each.
         scale: name -> factor of mean and sigma, to make them relative (see `spread`).
     """
     assert sign in (1, -1)
@@ -65,7 +66,8 @@ def perturb(
                     slice(low - start, high - start),
                 )
                 factor = sign * (scale[name] if scale is not None else 1.0)
-                n *= np.float32(sigma * factor)
+                own = sigma if isinstance(sigma, float | int) else sigma[name]
+                n *= np.float32(own * factor)
                 if mean:
                     n += np.float32(mean * factor)
                 n *= chosen[name][here]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +15,12 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ray_subnets import driver
-from ray_subnets.config import Config, ResourcesSection
+from ray_subnets.config import Config
 from ray_subnets.data import Data
 from ray_subnets.flat import flat_bytes
 from ray_subnets.flops import Cost, training_flops
-from ray_subnets.recipes import ChildSpec, Fit, Training
+from ray_subnets.placement import Node, missing, places, share, spread
+from ray_subnets.recipes import ChildSpec, Fit, Solve, Training
 from ray_subnets.spawning import (
     METHODS,
     Subnetwork,
@@ -33,14 +33,6 @@ from ray_subnets.stored import kept_fractions, pack_child
 from ray_subnets.streaming import ImageFiles
 
 _ARRAY = 330  # bytes that an .npz file takes for each array beside its values
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a machine has for actors."""
-
-    cpus: float
-    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ def plan(
     jobs = _in_order(_works(config, data, cost))
     cpus, gpus = share(config.resources, nodes)
     room = tuple(places(node, cpus, gpus) for node in nodes)
-    missing = "" if any(room) or serial else _missing(cpus, gpus, nodes)
+    why = "" if any(room) or serial else missing(cpus, gpus, nodes)
     if serial:
         room = (1,)
     actors = min(config.resources.actors or len(jobs), max(1, sum(room)), len(jobs))
@@ -162,11 +154,11 @@ def plan(
         name=config.name,
         jobs=tuple(jobs),
         nodes=tuple(nodes),
-        actors=0 if missing else actors,
-        actors_on=() if missing else _spread(room, actors),
+        actors=0 if why else actors,
+        actors_on=() if why else spread(room, actors),
         cpus=cpus,
         gpus=gpus,
-        missing=missing,
+        missing=why,
         epochs_on=tuple(epochs_on),
         span=span,
         bound=_bound(jobs, actors, len(data.train)),
@@ -179,43 +171,6 @@ def plan(
     return replace(result, hints=tuple(_hints(config, result, len(data.train))))
 
 
-# --- devices ------------------------------------------------------------------------------------
-
-
-def share(resources: ResourcesSection, nodes: Sequence[Node]) -> tuple[float, float]:
-    """CPUs and GPUs that one actor owns."""
-    gpus = resources.gpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
-    return resources.cpus_per_actor, gpus
-
-
-def places(node: Node, cpus: float, gpus: float) -> int:
-    """How many actors of `cpus` and `gpus` each a node holds."""
-    rooms = [node.cpus / cpus]
-    if gpus:
-        rooms.append(node.gpus / gpus)
-    return math.floor(min(rooms) + 1e-9)
-
-
-def _missing(cpus: float, gpus: float, nodes: Sequence[Node]) -> str:
-    best = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0))
-    return (
-        f"no node can hold an actor of {cpus:g} CPUs and {gpus:g} GPUs: the largest has "
-        f"{best.cpus:g} CPUs and {best.gpus:g} GPUs; lower resources.cpus_per_actor or "
-        "gpus_per_actor, or add such a node"
-    )
-
-
-def _spread(room: Sequence[int], actors: int) -> tuple[int, ...]:
-    """Actors by node, dealt out one at a time to the nodes that have room."""
-    on = [0] * len(room)
-    while sum(on) < min(actors, sum(room)):
-        free = [i for i in range(len(room)) if on[i] < room[i]]
-        on[min(free, key=lambda i: on[i])] += 1
-    return tuple(on)
-
-
 # --- work ---------------------------------------------------------------------------------------
 
 
@@ -224,6 +179,8 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
     seen: dict[ChildSpec, tuple[int, int, float]] = {}
     found = []
     for job in driver.jobs(config):
+        if isinstance(job, Solve):  # some passes over a thousand samples, nothing stored
+            continue
         bag = 1.0
         if isinstance(job, Fit):
             model = driver.build(config, data)
@@ -361,7 +318,7 @@ def _hints(config: Config, plan: Plan, train: int) -> list[str]:
         _, without = _schedule(others, plan.actors, train, False, plan.actors)
         if plan.span > 1.1 * without:
             lines.append(
-                f"without single models ({config.budget()} epochs each or as set) the run takes "
-                f"{without:g} epochs by the clock instead of {plan.span:g}: single: false"
+                f"with single models the run takes {plan.span:g} epochs by the clock, without them "
+                f"{without:g}: single: false"
             )
     return lines

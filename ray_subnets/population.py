@@ -12,15 +12,15 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import metrics, models, sparse, supervised
+from ray_subnets import metrics, models, sparse, supervised, trust_region
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
@@ -33,14 +33,17 @@ from ray_subnets.recipes import (
     Job,
     Note,
     Result,
+    Solve,
     Stored,
     Training,
     derive,
 )
+from ray_subnets.recipes import Task as Task
 from ray_subnets.selection import fitness_of
 from ray_subnets.spawning import (
     METHODS,
     Anatomy,
+    Made,
     anatomy,
     anneals,
     removable,
@@ -52,6 +55,7 @@ from ray_subnets.stored import (
     check_room,
     checkpoint_name,
     kept_fractions,
+    kind_of,
     load_checkpoint,
     pack_child,
     save_checkpoint,
@@ -61,21 +65,6 @@ from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
 Report = Epoch | Note | Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What every worker of a run knows."""
-
-    folder: str
-    model: str
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    fitness: str = "nll"
-    threads: int = 1
-    """torch threads of a job: part of the numbers, since sums are split over threads"""
-    channels_last: bool = True
-    import_from: str = ""
-    """folder where the user's own modules lie (the driver's working folder)"""
 
 
 class Pool(Protocol):
@@ -154,9 +143,8 @@ class Worker:
             except (Diverged, WriteFailed) as error:
                 if job.id == "parent":
                     raise
-                kind = ChildResult if isinstance(job, ChildSpec) else Result
                 self._unsure = isinstance(error, WriteFailed)
-                result = self._signed(kind(id=job.id, error=str(error)), attempt)
+                result = self._signed(kind_of(job)(id=job.id, error=str(error)), attempt)
                 if not self._unsure:
                     with suppress(WriteFailed):  # it will be found to diverge again
                         store_result(self.folder, result)
@@ -232,9 +220,27 @@ class Worker:
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
+        if isinstance(job, Solve):
+            model, first = self.build(seed=0), job.draws[0]
+            whole = self.batches(500, first.training_seed) if first.recompute_norm else None
+            body = self.anatomy(model, first)
+            return trust_region.search(job, self.parent, body, model, self.data, whole)
         return (yield from self._run_child(job))
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
+        made = yield from self.make(spec)
+        model, method = made.model, METHODS[spec.method]
+        stored = None
+        packed = pack_child(model, spec, made.subnetwork, made.masks)
+        if packed:
+            stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
+        kept = kept_fractions(model, made.body, made.masks if method.prunes else {})
+        notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
+        result = self.finish(spec, model, stored, made.images)
+        return replace(result, kept=kept, notes=notes)
+
+    def make(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Made]:
+        """Spawn and tune; the generator's return value is the finished child."""
         model = self.build(seed=0)
         body = self.anatomy(model, spec)
         child = spawn_weights(self.parent, body, spec)
@@ -260,13 +266,7 @@ class Worker:
                 model.load_state_dict(sparse.prune(final, masks))
             if anneals(spec):
                 model = without_removed(model, spec, sub, body)
-        stored = None
-        packed = pack_child(model, spec, sub, masks)
-        if packed:
-            stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
-        kept = kept_fractions(model, body, masks if method.prunes else {})
-        notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
-        return replace(self.finish(spec, model, stored, images), kept=kept, notes=notes)
+        return Made(model, sub, body, masks, images)
 
     def anatomy(self, model: nn.Module, spec: ChildSpec) -> Anatomy:
         """What may be left out of the run's network; found once for each kind of recipe."""

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ray_subnets.population import Report
-from ray_subnets.recipes import Epoch, Job, Note, Result, Status
+from ray_subnets.recipes import Epoch, Job, Note, Result, SolveResult, Status
 
 
 class View(Protocol):
@@ -225,6 +225,8 @@ class Silent:
 def _outcome(result: Result) -> str:
     if result.error:
         return f"failed: {result.error}"
+    if isinstance(result, SolveResult):
+        return f"done in {result.seconds:.1f} s: KL {result.divergence['kl']:.4g} nats"
     value = result.validation
     return (
         f"done in {result.seconds:.1f} s: validation accuracy {value['accuracy']:.4f}, "

@@ -7,6 +7,7 @@ bytes of JSON. Bounds are written once, as annotations; `config.py` enforces the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -99,6 +100,10 @@ class ChildSpec:
     """of the noise"""
     sigma: float = 0.0
     """standard deviation of the noise, in units of the weights"""
+    sigmas: tuple[float, ...] = ()
+    """of each layer that may be masked, in the network's order; then `sigma` is not read"""
+    kl_target: float | None = None
+    """divergence from the parent, in nats, that sigma was solved for; not read when spawning"""
     relative: bool = False
     """mean and sigma are in units of each tensor's standard deviation"""
     prune_epochs: Annotated[int, Ge(0)] = 0
@@ -136,6 +141,11 @@ class ChildSpec:
     def epochs(self) -> int:
         return self.training.epochs if self.training else 0
 
+    @property
+    def solved(self) -> bool:
+        """Is the recipe whole? One with a KL target needs its sigma first."""
+        return self.kl_target is None or self.sigma > 0
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -156,7 +166,43 @@ class Fit:
         return asdict(self)
 
 
-Job = Fit | ChildSpec
+@dataclass(frozen=True, kw_only=True)
+class Solve:
+    """Find the noise for a KL target, given the parent: `trustRegionSearch` of algorithm 1."""
+
+    id: str
+    draws: tuple[ChildSpec, ...]
+    """the recipes over whose children KL is averaged; their sigma is what is looked for"""
+    kl_target: float
+    """nats"""
+    samples: int
+    """validation samples it is measured on, the first so many"""
+    per_layer: bool = False
+
+    @property
+    def epochs(self) -> int:
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Job = Fit | ChildSpec | Solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every worker of a run knows."""
+
+    folder: str
+    model: str
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    fitness: str = "nll"
+    threads: int = 1
+    """torch threads of a job: part of the numbers, since sums are split over threads"""
+    channels_last: bool = True
+    import_from: str = ""
+    """folder where the user's own modules lie (the driver's working folder)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,3 +315,16 @@ class ChildResult(Result):
 
     fitness: float | None = None
     """larger is better; None if the child failed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveResult(Result):
+    """The noise that meets a KL target, and how well."""
+
+    sigma: float = 0.0
+    sigmas: tuple[float, ...] = ()
+    """of each layer; empty: `sigma` for all"""
+    divergence: dict[str, float] = field(default_factory=dict)
+    """kl, kl_std, mse, mse_std over the draws, on the samples of the job"""
+    passes: int = 0
+    """times that a network answered all samples"""

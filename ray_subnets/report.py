@@ -46,6 +46,7 @@ def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
         "legend": table.LEGEND,
         "verdict": table.verdict(record),
         "cost": table.cost_text(record),
+        "trust": table.trust_text(record),
         "notes": table.notes(record),
         "children": sorted(
             record["children"], key=lambda child: (child["rank"] is None, child["rank"])

@@ -150,12 +150,18 @@ def _unit_subnetwork(
 
 def _noisy(parent: Weights, sub: Subnetwork, body: Anatomy, spec: ChildSpec) -> dict[str, Tensor]:
     masks = {name: mask for name, mask in sub.masks.items() if name in body.shapes}
+    assert spec.solved, f"{spec.id}: its sigma has not been solved for"
+    if spec.sigmas and len(spec.sigmas) != len(body.shapes):
+        raise ValueError(
+            f"sigmas: {len(spec.sigmas)} of them, but {len(body.shapes)} layers can be perturbed"
+        )
+    sigmas = dict(zip(body.shapes, spec.sigmas, strict=True)) if spec.sigmas else None
     return noisy.perturb(
         parent,
         masks,
         torch.Generator().manual_seed(derive(spec.seed, "noise")),
         mean=spec.mean,
-        sigma=spec.sigma,
+        sigma=sigmas or spec.sigma,
         scale=noisy.spread(parent, masks) if spec.relative else None,
         sign=spec.sign,
     )
@@ -277,6 +283,19 @@ class Child:
     weights: dict[str, Tensor]
     """of the whole network, zeros where weights are pruned"""
     subnetwork: Subnetwork
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished child."""
+
+    model: nn.Module
+    subnetwork: Subnetwork
+    body: Anatomy
+    masks: Masks
+    """as they are after tuning"""
+    images: int
+    """training images seen"""
 
 
 def spawn_weights(parent: Weights, body: Anatomy, spec: ChildSpec) -> Child:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ray_subnets import sparse, supervised
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.masks import Masks
-from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Stored
+from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Solve, SolveResult, Stored
 from ray_subnets.spawning import (
     METHODS,
     Anatomy,
@@ -40,6 +40,13 @@ def store_result(folder: RunFolder, result: Result) -> None:
     """
     record = asdict(result)
     folder.write_json(f"results/{result.id}.json", record | {"sha256": _hash(record)})
+
+
+def kind_of(job: Job) -> type[Result]:
+    """The class of a job's result."""
+    if isinstance(job, ChildSpec):
+        return ChildResult
+    return SolveResult if isinstance(job, Solve) else Result
 
 
 def _hash(record: Mapping[str, Any]) -> str:
@@ -70,7 +77,9 @@ def stored_result(folder: RunFolder, job: Job, say: Say = lambda line: None) -> 
                 folder.read(record[key])
         for key in ("notes", "troubles"):
             record[key] = tuple(record.get(key, ()))
-        return (ChildResult if isinstance(job, ChildSpec) else Result)(**record)
+        if "sigmas" in record:
+            record["sigmas"] = tuple(record["sigmas"])
+        return kind_of(job)(**record)
     except (TypeError, KeyError, AttributeError) as error:
         say(f"{folder.path(name)}: not a result ({error}); {job.id} is done again")
     except ValueError as error:

@@ -5,7 +5,7 @@ Test labels are used here and nowhere before, after members have been chosen on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray_subnets import metrics
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.ensemble import Running
 from ray_subnets.flops import Cost, training_flops
-from ray_subnets.recipes import ChildResult, ChildSpec, Result
+from ray_subnets.recipes import ChildResult, ChildSpec, Result, SolveResult
 from ray_subnets.selection import Decision, share_of
 from ray_subnets.stored import needs_parent
 
@@ -138,6 +138,15 @@ class Scores:
     def kl_from_parent(self, id: str) -> float:
         """Mean KL divergence of a child's answers from its parent's, on test data (Fig 4.3)."""
         return float(metrics.kl_divergence(self.logits(["parent", id], "test"))[0, 1])
+
+
+def busy_seconds(results: Iterable[Result]) -> float:
+    """Time in which at least one job ran: a run that was interrupted or grown later had pauses."""
+    total, until = 0.0, 0.0
+    for start, end in sorted((r.started, r.started + r.seconds) for r in results):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _mean(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -311,6 +320,7 @@ def _cost(
     trained on as many images.
     """
     trained = [results["parent"], *(results[spec.id] for spec in specs)]
+    solved = [result for result in results.values() if isinstance(result, SolveResult)]
     dense = sum(training_flops(cost.total, result.images) for result in trained)
     nonzero = sum(training_flops(cost.nonzero(result.kept), result.images) for result in trained)
     stored = {child["id"]: child["weights"] for child in record["children"]}
@@ -324,7 +334,7 @@ def _cost(
         "epochs": sum(result.epochs for result in trained),
         "images": sum(result.images for result in trained),
         "wall_seconds": times["wall_seconds"],
-        "device_seconds": sum(result.device_seconds for result in trained),
+        "device_seconds": sum(result.device_seconds for result in [*trained, *solved]),
         "flops": nonzero,
         "flops_dense": dense,
         "flops_vs_single": nonzero / dense if dense else 1.0,

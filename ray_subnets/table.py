@@ -124,6 +124,22 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def trust_text(record: Mapping[str, Any]) -> list[str]:
+    """A line for each group whose noise was solved for."""
+    lines = []
+    for one in record.get("trust_region", ()):
+        sigma = f"sigma {one['sigma']:.4g}"
+        if one["sigmas"]:
+            sigma = f"sigmas {min(one['sigmas']):.3g} to {max(one['sigmas']):.3g} by layer"
+        lines.append(
+            f"{one['group']}: {sigma} for a KL target of {one['kl_target']:g} nats; measured "
+            f"{one['kl']:.4g} (spread {one['kl_std']:.2g} over {one['draws']} draws), squared "
+            f"distance {one['mse']:.3g}, on {one['samples']:,} validation samples in "
+            f"{one['passes']} passes."
+        )
+    return lines
+
+
 def cost_text(record: Mapping[str, Any]) -> str:
     """One line of cost."""
     cost = record["cost"]

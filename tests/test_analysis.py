@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,46 @@ def test_of_each_budget_the_best_on_validation_data() -> None:
         (40, "a"),
         (60, "a"),
     ]
+
+
+def test_figure_4_3_from_a_sweep(tmp_path: Path) -> None:
+    """A sweep whose KL is (sigma * density)^2: the window is bound^0.5 / density."""
+    from analysis import trust_region
+
+    trials = []
+    for density in (0.1, 1.0):
+        for sigma in (0.01, 0.1, 1.0, 10.0):
+            kl = (sigma * density) ** 2
+            value = 0.9 - 0.2 * min(kl, 2)
+            keys = ("accuracy", "vote_accuracy", "mean_accuracy", "parent_accuracy")
+            mean = {"kl": kl} | dict.fromkeys(keys, value)
+            trials.append(
+                {
+                    "values": {"sigma": sigma, "density": density},
+                    "status": "done",
+                    "mean": mean,
+                    "stderr": dict.fromkeys(mean, 0.01),
+                }
+            )
+    record = {
+        "keys": {"sigma": {}, "density": {}},
+        "kl_bound": 0.04,
+        "seeds": [0],
+        "trials": trials,
+        "fit": {"slope": -0.2, "intercept": 0.9, "correlation": -1.0, "n": 6},
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    found = trust_region.load(tmp_path)
+    assert trust_region.by_density(found).keys() == {0.1, 1.0}
+    for density, cells in trust_region.by_density(found).items():
+        assert trust_region.window(cells, 0.04) == pytest.approx(0.2 / density)
+    assert trust_region.window(trust_region.by_density(found)[0.1], 1e9) is None
+    text = trust_region.table(found)
+    assert "20.0 points per nat" in text
+    assert "| 1 | 0.2000 |" in text
+    trust_region.draw(found, str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    record["keys"] = {"sigma": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="over sigma and density"):
+        trust_region.load(tmp_path)

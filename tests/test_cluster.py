@@ -33,7 +33,7 @@ def stage(
     expected = chaos.reference(scratch / "reference")
     faults = scratch / "faults"
     faults.mkdir()
-    os.environ |= {"CHAOS": str(faults), "CHAOS_PAUSE": "0.01"}
+    os.environ |= {"CHAOS": str(faults), "CHAOS_PAUSE": "0.05"}
     try:
         with chaos.stage_of(3) as cluster:
             yield cluster, faults, scratch, expected

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
+    ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
     ["masks"],
     ["noisy", "sparse", "stochastic", "units", "streaming"],
@@ -24,17 +25,18 @@ FLOORS = [
     ],
     ["models", "imagefolders"],
     ["datasets", "supervised", "ensemble"],
-    ["storage"],
+    ["storage", "trust_region"],
     ["checkpoints"],
     ["stored"],
     ["population", "summary", "groups"],
     ["config"],
     ["configfile"],
-    ["driver"],
-    ["plan"],
-    ["plan_table"],
-    ["table", "figures", "evaluation", "events", "progress"],
-    ["report"],
+    ["driver", "placement", "sweepfile"],
+    ["plan", "trials"],
+    ["plan_table", "sweep"],
+    ["table", "figures", "evaluation", "events", "progress", "dashboard"],
+    ["report", "sweepreport", "sweeptable"],
+    ["sweepmonitor"],
     [
         "distributed",
         "distributed.cluster",
@@ -45,12 +47,15 @@ FLOORS = [
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
-    ["distributed.run"],
+    ["distributed.run", "distributed.sweepgauges"],
+    ["distributed.sweeps"],
+    ["commands_sweep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders"}
-GROUND_FLOOR = [name for names in FLOORS[:8] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
+GROUND_FLOOR.append("trust_region")
 
 
 def modules() -> dict[str, Path]:

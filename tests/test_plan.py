@@ -15,7 +15,8 @@ from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.flat import flatten
 from ray_subnets.flops import forward_cost
-from ray_subnets.plan import Node, Plan, Work, _schedule, places, plan, share
+from ray_subnets.placement import Node, places, share
+from ray_subnets.plan import Plan, Work, _schedule, plan
 from ray_subnets.population import Report
 from ray_subnets.recipes import Epoch, Result
 from ray_subnets.stored import checkpoint_name

@@ -63,6 +63,19 @@ def test_serial_and_ray_are_bitwise_equal(tmp_path: Path) -> None:
     assert serial.read("ensemble.json") == on_ray.read("ensemble.json")
 
 
+def test_a_solved_sigma_is_the_same_on_ray(tmp_path: Path) -> None:
+    """The search is a job like any other: same recipes, same children."""
+    settings = tiny(
+        *("children.0.sigma=null", "children.0.kl_target=0.02", "children.0.kl_draws=4"),
+        *("children.1.count=2", "single=false"),
+    )
+    serial, on_ray = (RunFolder.create(tmp_path / name) for name in ("serial", "ray"))
+    one, two = run_serial(settings, serial), run_on_ray(settings, on_ray)
+    assert numbers(one) == numbers(two)
+    assert one["trust_region"][0]["kl"] == pytest.approx(0.02, rel=0.02)
+    assert serial.read("ensemble.json") == on_ray.read("ensemble.json")
+
+
 def kill_worker_of(pool: RayPool, id: str) -> None:
     slot = next(slot for slot in pool._slots if slot.job is not None and slot.job.id == id)
     ray.kill(slot.handle)

@@ -13,7 +13,7 @@ from tiny import numbers, run_serial, tiny
 from ray_subnets import configfile, driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import ResourcesSection
-from ray_subnets.plan import share
+from ray_subnets.placement import share
 
 pytestmark = pytest.mark.cluster
 

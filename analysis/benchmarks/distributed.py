@@ -36,7 +36,7 @@ from ray_subnets.flat import flatten
 from ray_subnets.population import Report
 from ray_subnets.recipes import Epoch
 
-TRAIN, TEST = 10_000, 10_000
+TRAIN, TEST = 5_000, 2_000
 PARTS = ("pool", "whole", "memory")
 SETTINGS = """
 name: benchmark

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split
-from ray_subnets.distributed.devices import here
+from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
@@ -77,16 +77,7 @@ class ChildActor:
                 folder.
         """
         check_mark(task.folder)
-        device = "cpu"
-        if ray.get_gpu_ids():  # torch sees only what Ray granted, numbered from 0
-            if not torch.cuda.is_available():
-                raise ValueError(
-                    "resources.gpus_per_actor: Ray counts GPUs here, but torch finds none; install "
-                    "a CUDA build of torch, or set it to 0"
-                )
-            device = "cuda:0"
-            if gpus < 1:
-                torch.cuda.set_per_process_memory_fraction(gpus)
+        device = granted(gpus)
         self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
         self._instruments = Instruments(self._worker.folder.name)
         # The first optimizer of a process imports torch's compiler, which takes seconds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -14,6 +15,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray._private import ray_constants
+
+_found = {"dashboard": ""}  # HOST:PORT, while a session lasts
 
 
 def _answers(address: str) -> None:
@@ -43,7 +46,9 @@ def _loopback() -> Iterator[None]:
 
 
 @contextmanager
-def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[None]:
+def session(
+    address: str | None = None, *, cpus: int | None = None, dashboard: bool = False
+) -> Iterator[None]:
     """A connection to Ray for the length of a `with` block.
 
     Args:
@@ -53,6 +58,7 @@ def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             demands a token, and is stopped at the end; a Ray that somebody left behind is never
             joined.
         cpus: cores of a local Ray; default all.
+        dashboard: start Ray's own dashboard with a local Ray, on this machine only.
 
     Raises:
         ValueError: the cluster does not answer.
@@ -65,23 +71,35 @@ def session(address: str | None = None, *, cpus: int | None = None) -> Iterator[
     try:
         if local:
             with _loopback():
-                ray.init(
+                context = ray.init(
                     address="local",
                     num_cpus=cpus,
-                    include_dashboard=False,
+                    include_dashboard=dashboard,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
         else:
             _answers(address or "")
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--address: no Ray cluster at {address}: {reason}; start one with 'ray start --head', "
             "or use this machine with --address local"
         ) from None
+    _found["dashboard"] = getattr(context, "dashboard_url", None) or ""
     try:
         yield
     finally:
+        _found["dashboard"] = ""
         ray.shutdown()
+
+
+def has_dashboard() -> bool:
+    """Is Ray's dashboard installed (`ray[default]`, our extra `dashboard`)?"""
+    return all(importlib.util.find_spec(name) for name in ("aiohttp_cors", "opencensus"))
+
+
+def links() -> dict[str, str]:
+    """Where else to look at the cluster of this session."""
+    return {"Ray's dashboard": f"http://{_found['dashboard']}"} if _found["dashboard"] else {}

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from ray_subnets.config import ResourcesSection
-from ray_subnets.plan import Node, places, share
+from ray_subnets.placement import Node, places, share
 
 
 def alive() -> dict[str, dict[str, Any]]:
@@ -20,6 +21,27 @@ def here() -> str:
     """The node this process runs on, as results name it: address and start of its id."""
     node = ray.get_runtime_context().get_node_id()
     return f"{ray.util.get_node_ip_address()}/{node[:8]}"
+
+
+def granted(gpus: float) -> str:
+    """The device that Ray gave to this process: `cuda:0` or `cpu`.
+
+    Args:
+        gpus: its share; below 1 it takes no more than that part of the GPU's memory.
+
+    Raises:
+        ValueError: Ray granted a GPU that torch cannot use.
+    """
+    if not ray.get_gpu_ids():  # torch sees only what Ray granted, numbered from 0
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "resources.gpus_per_actor: Ray counts GPUs here, but torch finds none; install a CUDA "
+            "build of torch, or set it to 0"
+        )
+    if gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
+    return "cuda:0"
 
 
 def nodes() -> list[Node]:

@@ -19,7 +19,8 @@ from ray_subnets.distributed.devices import Share, alive
 from ray_subnets.distributed.visible import leave_mark, take_mark
 from ray_subnets.flat import Flat
 from ray_subnets.population import Report, Task
-from ray_subnets.recipes import ChildResult, ChildSpec, Epoch, Fault, Fit, Job, Result, Status
+from ray_subnets.recipes import ChildResult, Epoch, Fault, Fit, Job, Result, Status
+from ray_subnets.stored import kind_of
 
 _WAIT = 1.0  # seconds between looks at what is not a report
 _POLL = 0.2  # the same while the parent trains elsewhere
@@ -233,7 +234,7 @@ class RayPool:
             if slot.dedicated != (self._dedicate and parent_next):
                 continue
             job = self._queue.popleft()
-            if isinstance(job, ChildSpec) and not slot.has_parent:
+            if not isinstance(job, Fit) and not slot.has_parent:
                 # Calls of one actor run in order: the job starts after the weights are there.
                 slot.handle.load.remote([self._parent])
                 slot.has_parent = True
@@ -324,8 +325,7 @@ class RayPool:
         line = f"its actor failed {attempt} times; the last one {what}"
         if job.id == "parent":
             raise ValueError(f"parent: {line}; continue with 'ray-subnets resume'")
-        kind = ChildResult if isinstance(job, ChildSpec) else Result
-        result = kind(id=job.id, error=line, attempts=attempt, started=time.time())
+        result = kind_of(job)(id=job.id, error=line, attempts=attempt, started=time.time())
         if isinstance(result, ChildResult) and self._selection is not None:
             with suppress(RayActorError):  # if it died the driver ranks by itself
                 ray.get(self._selection.report.remote(result))

@@ -1,4 +1,4 @@
-"""Does every node see the run folder? Asked before work starts, not found out halfway."""
+"""Does every node see the run folder? Each actor asks before it works."""
 
 from __future__ import annotations
 

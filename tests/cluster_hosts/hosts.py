@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 HOST = Path(__file__).parent / "host.sh"
+DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 SSH = [
     *["ssh", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"],
     *["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5"],
@@ -26,7 +28,7 @@ def why_not() -> str | None:
     """What this machine lacks for hosts, in words, or None."""
     if os.geteuid() != 0:
         return "needs root (namespaces, mounts)"
-    for program in ("ip", "unshare", "ssh", "ssh-keygen", "rsync"):
+    for program in ("ip", "unshare", "setpriv", "ssh", "ssh-keygen", "rsync"):
         if shutil.which(program) is None:
             return f"needs {program} (apt-get install iproute2 util-linux openssh-client rsync)"
     if not Path("/usr/sbin/sshd").exists():
@@ -41,6 +43,14 @@ def why_not() -> str | None:
 
 def sh(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=check, capture_output=True, text=True, timeout=60)
+
+
+def _sweep() -> None:
+    """Remove the networks of test processes that were killed."""
+    for name in re.findall(r"^\d+: (rs\d+(?:h\d+)?)[@:]", sh("ip", "link").stdout, re.M):
+        if not Path(f"/proc/{re.findall(r'[0-9]+', name)[0]}").exists():
+            sh("ip", "netns", "del", name, check=False)
+            sh("ip", "link", "del", name, check=False)
 
 
 class Hosts:
@@ -67,6 +77,7 @@ class Hosts:
         return self
 
     def _start(self) -> None:
+        _sweep()
         self.shared.mkdir(parents=True)
         for name in ("id", "hostkey"):
             sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.lab / name))
@@ -92,7 +103,8 @@ class Hosts:
         unshare = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
         self._processes.append(
             subprocess.Popen(
-                ["ip", "netns", "exec", name, *unshare, str(HOST), *places],
+                # If this process is killed, the host dies too, and all in its pid namespace.
+                [*DIES_WITH_US, "ip", "netns", "exec", name, *unshare, str(HOST), *places],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
