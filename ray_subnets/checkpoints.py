@@ -57,8 +57,13 @@ class RunFolder:
 
     @property
     def root(self) -> Path:
-        """The folder itself, if it is on this machine."""
-        assert isinstance(self._place, storage.LocalPlace), self
+        """The folder itself, for what only works on this machine.
+
+        Raises:
+            ValueError: it is not on this machine.
+        """
+        if not isinstance(self._place, storage.LocalPlace):
+            raise ValueError(f"{self}: this needs a folder on this machine; name a path")
         return self._place.root
 
     @staticmethod

@@ -68,6 +68,9 @@ def test_a_folder_of_any_kind(root: str) -> None:
     assert RunFolder.open(root).read("config.yaml") == b"name: a"
     with pytest.raises(ValueError, match=r"already used.*--overwrite"):
         RunFolder.create(root)
+    if root.startswith(("s3", "fsspec")):
+        with pytest.raises(ValueError, match="needs a folder on this machine"):
+            _ = RunFolder(root).root
     again = RunFolder.create(root, overwrite=True)
     assert not again.exists("config.yaml")
     again.write("mine.txt", b"years of work")
