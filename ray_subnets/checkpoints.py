@@ -259,13 +259,16 @@ class RunFolder:
 
 
 def runs(root: str | Path, pattern: str) -> list[str]:
-    """The finished runs in a folder of runs, by name: `runs("s3://bucket/runs", "map-*")`.
+    """The finished runs in a folder of runs, by name: `runs("s3://bucket/runs", "map-*")`; none if
+    there is no such folder.
 
     Raises:
         ValueError: the folder cannot be read.
     """
     place = storage.place(root)
     try:
+        if place.state() == "absent":
+            return []
         names = [name for name in place.folders() if fnmatch(name, pattern)]
         return [place.path(name) for name in names if place.size(f"{name}/result.json") is not None]
     except OSError as error:
