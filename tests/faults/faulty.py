@@ -10,7 +10,8 @@ one like it. Numbers are those of a plain network: where nothing happens nothing
     write-WHAT.N     SIGKILL with a file half way, just before its N-th rename into place
     cut-WHAT.N       the file is cut in half once it is in place, then SIGKILL
     full-WHAT.N      the write fails: no space left on device
-    nan.N            the N-th training step gives NaN
+    nan.N            the N-th training step gives NaN, at most once in a process: where it comes
+                     again when the job is done once more it is taken for the recipe's doing
 
 WHAT is the file's folder (checkpoints, results, outputs, children), or the file's name.
 """
@@ -71,7 +72,8 @@ class Network(nn.Module):
             time.sleep(_PAUSE)
             if due("tune", self._steps):
                 die()
-            if due("nan", self._steps):
+            if not _counts["nan"] and due("nan", self._steps):
+                _counts["nan"] += 1
                 return logits * float("nan")
         else:
             self._batches += 1
