@@ -140,6 +140,7 @@ def data() -> Data:
 
 def worker_in(folder: Path, data: Data) -> Worker:
     settings = tiny("model.hidden=[16,12]")
+    folder.mkdir(exist_ok=True)  # a worker never makes it: it may be a mount that is gone
     worker = Worker(driver.task_of(settings, RunFolder(folder)), data)
     worker.load_parent(flatten(models.build("mlp", (1, 8, 8), 10, MODEL, seed=1).state_dict()))
     return worker
