@@ -11,13 +11,14 @@ import torch
 from ray.exceptions import RayActorError
 from torch import Tensor
 
+from ray_subnets import supervised
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.population import Report, Task, Worker
-from ray_subnets.recipes import ChildResult, Job
+from ray_subnets.recipes import ChildResult, Job, Training
 from ray_subnets.streaming import ImageFiles
 
 SPLITS = ("train", "validation", "test")
@@ -59,6 +60,27 @@ def unpack_data(flat: Flat, rest: dict[str, Any]) -> Data:
     return Data(**values)
 
 
+def _warm(worker: Worker) -> None:
+    """One training step of a network that is thrown away.
+
+    The first one of a process takes seconds more than others: torch imports its compiler and makes
+    kernels. Changes no generator and no number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(worker.task.threads)
+    cuda = [worker.device] if worker.device.type == "cuda" else []
+    try:
+        # What is wrong with the network or the device is told by the job that meets it.
+        with suppress(Exception), torch.random.fork_rng(devices=cuda):
+            model, training = worker.build(seed=0), Training(epochs=1)
+            optimizer = supervised.make_optimizer(model, training)
+            batch = next(iter(worker.batches(training.batch_size, 0).epoch(0)))
+            torch.nn.functional.cross_entropy(model.train()(batch.x), batch.y).backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+
+
 class ChildActor:
     """A `Worker` in a Ray actor. References come in lists, so that Ray hands them over unread."""
 
@@ -80,8 +102,7 @@ class ChildActor:
         device = granted(gpus)
         self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
         self._instruments = Instruments(self._worker.folder.name)
-        # The first optimizer of a process imports torch's compiler, which takes seconds.
-        torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+        _warm(self._worker)
         return self._worker.node
 
     def load(self, parent: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import ChildActor, pack_data
+from ray_subnets.distributed.visible import leave_mark
 from ray_subnets.flat import Flat
 from ray_subnets.population import Task
 from ray_subnets.recipes import ChildSpec, Result
@@ -32,6 +33,7 @@ def life_of_a_child(
     actor: Any = ray.remote(ChildActor).options(num_cpus=1).remote()
     try:
         began = time.perf_counter()
+        leave_mark(task.folder)
         ray.get(actor.setup.remote(task, [ray.put(flat)], rest, 0))
         pid = ray.get(actor.__ray_call__.remote(_pid))
         yield "ready", pid, time.perf_counter() - began

@@ -116,7 +116,7 @@ SCENARIOS = [
     Scenario(
         "actor killed in tuning",
         early=("tune.30",),
-        later=("tune.1", "tune.5", "tune.5.1", "tune.23", "tune.40"),
+        later=("tune.2", "tune.5", "tune.5.1", "tune.23", "tune.40"),
     ),
     Scenario(
         "actor killed in writing a checkpoint",
