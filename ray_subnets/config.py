@@ -37,7 +37,7 @@ from ray_subnets.recipes import (
 )
 
 
-def _named(value: Any) -> Any:
+def named(value: Any) -> Any:
     """`data: digits` is short for `data: {name: digits}`; the same for `model`."""
     return {"name": value} if isinstance(value, str) else value
 
@@ -76,8 +76,8 @@ class DataSection(Section):
     """the same: threads of each job that decode images; they change no number"""
 
 
-class ModelSection(BaseModel):
-    """`name` and the options of that network's constructor."""
+class Named(BaseModel):
+    """`name` and the options of the constructor that it names."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -86,6 +86,10 @@ class ModelSection(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class ModelSection(Named):
+    """A network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +145,8 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """names the run folder, runs/NAME"""
     seed: Annotated[int, Field(ge=0)] = 0
-    data: Annotated[DataSection, BeforeValidator(_named)]
-    model: Annotated[ModelSection, BeforeValidator(_named)]
+    data: Annotated[DataSection, BeforeValidator(named)]
+    model: Annotated[ModelSection, BeforeValidator(named)]
     parent: ParentTraining
     children: Annotated[
         tuple[Annotated[Noisy | Sparse | Stochastic, Field(discriminator="method")], ...],

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -28,7 +26,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from ray_subnets import configfile
-from ray_subnets.config import Config
+from ray_subnets.config import Config, Named, named
 from ray_subnets.groups import Noisy, Section, Sparse, Stochastic, plain
 from ray_subnets.recipes import Count, Fit, Positive
 
@@ -54,22 +52,6 @@ class Range(Section):
         return self
 
 
-class Named(BaseModel):
-    """A searcher or scheduler of Ray Tune, and options of its constructor."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _kind(value: Any) -> str:
     return "range" if isinstance(value, dict | Range) else "list"
 
@@ -87,11 +69,11 @@ class SweepSection(Section):
     that is not one of the run's own (`sigma`, `tune.lr`) is that of every group that has it"""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     """every cell is tried with each of these; a scheduler may stop it after any of them"""
-    search: Annotated[Named, BeforeValidator(_named)] = Named(name="grid")
+    search: Annotated[Named, BeforeValidator(named)] = Named(name="grid")
     """grid, or a searcher of Ray Tune: random, optuna, hyperopt, ..."""
     samples: Count | None = None
     """trials of a search; grid: every cell once"""
-    scheduler: Annotated[Named, BeforeValidator(_named)] = Named(name="fifo")
+    scheduler: Annotated[Named, BeforeValidator(named)] = Named(name="fifo")
     """fifo, or a scheduler of Ray Tune: asha, median_stopping_rule, ..."""
     by: Literal["ensemble_accuracy", "ensemble_nll", "accuracy", "nll"] = "ensemble_accuracy"
     """the best cell is chosen by this, on validation data: of the selected ensemble, or of the mean

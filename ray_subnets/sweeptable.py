@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_subnets.sweepfile import told
+from ray_subnets.table import empty
 
 MOST = 20  # rows
 COLUMNS = (
@@ -23,18 +24,8 @@ def table(record: Mapping[str, Any]) -> Table:
     by = record["by"]
     trials = [trial for trial in record["trials"] if trial["mean"]]
     trials.sort(key=lambda t: t["mean"][by] * (1 if by.endswith("nll") else -1))
-    result = Table(
-        title=f"{record['name']}: validation data, mean over {len(record['seeds'])} seeds",
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    result.add_column("", overflow="fold")
-    for heading, _, _ in COLUMNS:
-        result.add_column(heading, justify="right", no_wrap=True)
+    title = f"{record['name']}: validation data, mean over {len(record['seeds'])} seeds"
+    result = empty(title, (heading for heading, _, _ in COLUMNS))
     for trial in trials[:MOST]:
         cells = []
         for _, key, form in COLUMNS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,10 @@ LEGEND = (
 )
 
 
-def table(record: Mapping[str, Any]) -> Table:
-    """The result table for a terminal; fits 80 columns."""
+def empty(title: str, headings: Iterable[str]) -> Table:
+    """A table for a terminal without rows yet: a name, then numbers."""
     result = Table(
-        title=f"{record['name']}: {record['data']['name']}, test data",
+        title=title,
         title_justify="left",
         title_style="bold",
         header_style="dim",
@@ -78,8 +78,15 @@ def table(record: Mapping[str, Any]) -> Table:
         pad_edge=False,
     )
     result.add_column("", overflow="fold")
-    for heading in ("nets", "epochs", *(name for name, _, _ in COLUMNS)):
+    for heading in headings:
         result.add_column(heading, justify="right", no_wrap=True)
+    return result
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """The result table for a terminal; fits 80 columns."""
+    title = f"{record['name']}: {record['data']['name']}, test data"
+    result = empty(title, ("nets", "epochs", *(name for name, _, _ in COLUMNS)))
     for row in rows(record):
         result.add_row(
             row.name,

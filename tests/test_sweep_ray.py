@@ -17,8 +17,8 @@ import pytest
 from test_sweep import FAILING, NOISE, TINY, numbers, parse, swept
 
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.config import Named
 from ray_subnets.distributed import cluster, sweepgauges, sweeps
-from ray_subnets.sweepfile import Named
 from ray_subnets.sweepmonitor import Monitor
 
 

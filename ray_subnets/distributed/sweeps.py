@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from ray_subnets import driver
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.config import Config
+from ray_subnets.config import Config, Named
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share, granted, here
@@ -33,7 +33,7 @@ from ray_subnets.distributed.visible import check_mark, leave_mark, take_mark
 from ray_subnets.recipes import Fit, Result
 from ray_subnets.stored import stored_result
 from ray_subnets.sweep import averaged, objective
-from ray_subnets.sweepfile import Named, Range, Sweep, cell_id, parent_job
+from ray_subnets.sweepfile import Range, Sweep, cell_id, parent_job
 from ray_subnets.sweepmonitor import Monitor
 from ray_subnets.trials import Evaluator, data_key
 
