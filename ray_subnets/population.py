@@ -105,6 +105,7 @@ class Worker:
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
+        self._busy = False  # has an epoch of this job been trained in this attempt?
         self._troubles: list[str] = []  # of the job at hand
         self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
@@ -133,7 +134,7 @@ class Worker:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         self._started, self._earlier, self._timings = time.time(), None, {}
-        self._troubles = []
+        self._troubles, self._busy = [], False
         try:
             try:
                 self._check_room(job)
@@ -284,15 +285,25 @@ class Worker:
         *,
         data: Data | None = None,
         topology: Topology | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        rate: supervised.Rate | None = None,
+        objective: supervised.Objective | None = None,
+        stage: bool = False,
     ) -> Generator[Epoch | Note, None, int]:
-        """Train with a checkpoint after every epoch but the last; returns images seen."""
-        optimizer = supervised.make_optimizer(model, training)
+        """Train with a checkpoint after every epoch but the last; returns images seen.
+
+        Args:
+            stage: more of this job follows, so there is one after the last epoch too.
+        """
+        optimizer = optimizer or supervised.make_optimizer(model, training)
         said: list[str] = []
-        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer, said.append)
+        start, images, earlier = load_checkpoint(
+            self.folder, job, model, optimizer, said.append, topology
+        )
         for line in said:
             yield self._trouble(job, line)
-        if self._earlier is None:  # not where a diverged job starts again: that time is counted
-            self._earlier = earlier
+        if not self._busy:  # not where a diverged job starts again: that time is counted
+            self._earlier = max(earlier, self._earlier or 0.0)
         began, lost = time.time(), False
         self._timings["spawn"] = began - self._started
         loop = supervised.train(
@@ -304,15 +315,18 @@ class Worker:
             seed=seed,
             start_epoch=start,
             topology=topology,
+            rate=rate,
+            objective=objective,
         )
         for local in loop:
-            report = self.gather(local)
+            report, self._busy = self.gather(local), True
             images += report.images
-            if self.primary and report.epoch < report.epochs:
-                seconds = self._earlier + time.time() - self._started
+            if self.primary and (stage or report.epoch < report.epochs):
+                seconds = (self._earlier or 0.0) + time.time() - self._started
                 try:
                     save_checkpoint(
-                        self.folder, job, model, optimizer, report.epoch, images, seconds
+                        *(self.folder, job, model, optimizer),
+                        *(report.epoch, images, seconds, topology),
                     )
                 except WriteFailed as error:  # the next may find room; training loses nothing
                     if not lost:

@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 MethodName = Literal["noisy", "sparse", "stochastic"]
-Schedule = Literal["decay", "one_cycle", "constant", "steps"]
+Schedule = Literal["decay", "one_cycle", "constant", "steps", "cosine"]
 Structure = Literal["weight", "unit", "neuron", "channel", "layer"]
 Annealing = Literal["linear", "cosine", "exponential"]
 Probabilities = Literal["temperature", "uniform", "mixture"]
@@ -47,7 +47,8 @@ class Training:
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Schedule = "decay"
     """decay: constant half way, then linear to 1 % (parent); one_cycle: children (Fig 5.3);
-    steps: a tenth after 50 %, a hundredth after 90 % (sections 4.3.2, 6.3.1)"""
+    steps: a tenth after 50 %, a hundredth after 90 % (sections 4.3.2, 6.3.1); cosine: half of one,
+    to zero"""
     lr: Positive = 0.1
     """learning rate; the peak of it for one_cycle"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9

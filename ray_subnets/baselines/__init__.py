@@ -1,0 +1,21 @@
+"""Every method of the benchmark beside our own three, one readable file each."""
+
+from __future__ import annotations
+
+from ray_subnets.baselines.dropout import Dropout, MCDropout
+from ray_subnets.baselines.independent import Bagging, Dense, Independent
+from ray_subnets.baselines.method import Bench, Method, Trained
+from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
+
+__all__ = ["METHODS", "Bench", "Method", "Trained"]
+
+METHODS: dict[str, type[Method]] = {
+    "independent": Independent,
+    "dense": Dense,
+    "bagging": Bagging,
+    "dropout": Dropout,
+    "mc_dropout": MCDropout,
+    "snapshot": Snapshot,
+    "fge": FastGeometric,
+    "swa": SWA,
+}
