@@ -160,24 +160,21 @@ def elastic_transform(x: Array, draws: Draws, setting: tuple[float, float, float
     `setting`, each a fraction of the shorter side: `strength` and `sigma` of the displacement, a
     uniform field that is blurred and multiplied; how far each of three corners moves.
     """
-    strength, sigma, corners = (part * min(x.shape[2:]) for part in setting)
-    height, width = x.shape[2:]
-    middle, half = np.array([width, height]) // 2, min(height, width) // 3
-    old = np.stack([middle + half, middle + np.array([half, -half]), middle - half]).astype(
-        np.float64
-    )
+    height, width = (int(side) for side in x.shape[2:])
+    strength, sigma, corners = (part * min(height, width) for part in setting)
+    middle, half = np.array([width // 2, height // 2]), min(height, width) // 3
+    old = middle + half * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     new = old + corners * (2 * uniforms(draws, (3, 2)) - 1)
-    back = np.linalg.solve(np.concatenate([new, np.ones((len(x), 3, 1))], 2), old)
-    place = np.stack(
-        [*np.meshgrid(np.arange(width), np.arange(height)), np.ones((height, width))], 2
-    )
+    corners_now = np.concatenate([new, np.ones((len(x), 3, 1))], 2)
+    back: Array = np.linalg.solve(corners_now, np.broadcast_to(old, new.shape))
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    place: Array = np.stack([columns, rows, np.ones((height, width))], 2)
     x = _sample(x, place @ back[:, None], edge_pixels_twice=False)
     if strength == 0:
         return x
     push = smooth(2 * uniforms(draws, (2, height, width)) - 1, sigma, "reflect", truncate=3)
-    return _sample(
-        x, place[..., :2] + strength * push.transpose(0, 2, 3, 1), edge_pixels_twice=True
-    )
+    where: Array = place[..., :2] + strength * push.transpose(0, 2, 3, 1)
+    return _sample(x, where, edge_pixels_twice=True)
 
 
 def _sample(x: Array, where: Array, *, edge_pixels_twice: bool) -> Array:

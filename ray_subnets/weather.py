@@ -158,7 +158,8 @@ def spatter(
         cover[cover < 0.8] = 0
         return x * (1 - cover) + _coloured(cover, _MUD, x.shape[1])
     liquid[liquid < threshold] = 0
-    drops = to_bytes(liquid)
+    # Beyond 255 levels start again at 0: so they do in the published files.
+    drops = (np.floor(liquid * 255 + 1e-6) % 256).astype(np.uint8)
     shine = drops * _relief(drops)
     shine /= np.maximum(shine.max((1, 2), keepdims=True), 1)
     return x + _coloured(strength * shine[:, None], _WATER, x.shape[1])

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 FLOORS = [
     ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
-    ["masks", "blurs"],
+    ["masks", "blurs", "shift"],
     ["noisy", "sparse", "stochastic", "units", "streaming", "weather"],
     ["topology", "structured"],
     ["spawning", "flops", "data"],
@@ -25,7 +25,7 @@ FLOORS = [
     ],
     ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "ensemble"],
-    ["storage", "trust_region"],
+    ["storage", "trust_region", "outsiders"],
     ["checkpoints"],
     ["stored"],
     ["population", "summary", "groups"],
