@@ -14,18 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["options"],
-    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
-    ["masks"],
-    ["noisy", "sparse", "stochastic", "units", "streaming"],
+    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
+    ["masks", "blurs", "shift"],
+    ["noisy", "sparse", "stochastic", "units", "streaming", "weather"],
     ["topology", "structured"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
-    ["models", "imagefolders"],
+    ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "ensemble"],
-    ["storage", "trust_region"],
+    ["storage", "trust_region", "outsiders"],
     ["checkpoints"],
     ["stored"],
     ["baselines.method"],
@@ -59,7 +59,7 @@ FLOORS = [
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-READERS = {"datasets", "imagefolders"}
+READERS = {"datasets", "imagefolders", "corruptions"}
 GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
 GROUND_FLOOR.append("trust_region")
 
