@@ -21,6 +21,7 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from analysis import corruptions as picture
 from ray_subnets import Split, blurs, corruptions, datasets, distortions, weather
 from ray_subnets.corruptions import EXTRA, NAMES, SEVERITIES, corrupt
 
@@ -31,10 +32,10 @@ ALL = NAMES + EXTRA
 def photographs() -> Tensor:
     """`(24, 3, 32, 32)` pieces of two photographs."""
     found = []
-    for picture in load_sample_images().images:
+    for photograph in load_sample_images().images:
         for i in range(12):
             top, left = 100 * (i // 4), 150 * (i % 4)
-            piece = Image.fromarray(picture[top : top + 128, left : left + 128])
+            piece = Image.fromarray(photograph[top : top + 128, left : left + 128])
             found.append(np.asarray(piece.resize((32, 32), Image.Resampling.BOX)))
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
@@ -136,7 +137,7 @@ CHECKSUMS = {
     "motion_blur": "8dbc76e765e5b60a",
     "zoom_blur": "1f8a18266890195e",
     "snow": "fa0f0aa3d6acb3bd",
-    "frost": "34aac2f6e6f0f650",
+    "frost": "89bbc21f2bca35be",
     "fog": "955234afb402f108",
     "brightness": "ddcf12b05177f83b",
     "contrast": "0843466c65be8003",
@@ -367,6 +368,17 @@ def test_no_samples_at_all() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         corruptions.rows_of(5, 0)
     assert corrupt(torch.zeros(0, 1, 8, 8).byte(), "fog", 1).shape == (0, 1, 8, 8)
+
+
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every corruption and severity; a row that is not there is one line."""
+    out = tmp_path / "picture.png"
+    monkeypatch.setattr("sys.argv", ["corruptions", "--data", "digits", str(out)])
+    assert picture.main() == 0
+    with Image.open(out) as image:
+        assert min(image.size) > 1000
+    monkeypatch.setattr("sys.argv", ["corruptions", "--row", "540", str(out)])
+    assert picture.main() == 2
 
 
 # --- as published -------------------------------------------------------------------------------
