@@ -11,11 +11,10 @@ import os
 import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
     Epoch,
-    Fault,
     Fit,
     Job,
     Note,
@@ -67,23 +65,6 @@ from ray_subnets.topology import Topology
 Report = Epoch | Note | Result
 
 
-class Pool(Protocol):
-    """Where jobs are done. A driver submits and reads reports; it does not see who works."""
-
-    def submit(self, job: Job) -> None:
-        """Queue a job. Children need the parent: see `share`."""
-
-    def share(self, parent: Flat) -> None:
-        """Make the parent's weights available to jobs submitted from now on."""
-
-    def reports(self) -> Iterator[Report]:
-        """Reports as they come, until every job submitted (also meanwhile) has a result."""
-
-    @property
-    def faults(self) -> Sequence[Fault]:
-        """What went wrong and was handled, in the order of time."""
-
-
 class Worker:
     """Does jobs on one device.
 
@@ -105,6 +86,7 @@ class Worker:
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
+        self._busy = False  # has an epoch of this job been trained in this attempt?
         self._troubles: list[str] = []  # of the job at hand
         self._unsure = False  # is there room in the folder? The job before could not be written
         self.name = f"{socket.gethostname()}/{os.getpid()}/{device}"
@@ -133,7 +115,7 @@ class Worker:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.task.threads)
         self._started, self._earlier, self._timings = time.time(), None, {}
-        self._troubles = []
+        self._troubles, self._busy = [], False
         try:
             try:
                 self._check_room(job)
@@ -214,7 +196,7 @@ class Worker:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
-            images = yield from self._train(job, model, job.training, job.seed)
+            images = yield from self.train(job, model, job.training, job.seed)
             if not self.primary:
                 return Result(id=job.id)
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
@@ -225,6 +207,7 @@ class Worker:
             whole = self.batches(500, first.training_seed) if first.recompute_norm else None
             body = self.anatomy(model, first)
             return trust_region.search(job, self.parent, body, model, self.data, whole)
+        assert isinstance(job, ChildSpec), job
         return (yield from self._run_child(job))
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
@@ -255,7 +238,7 @@ class Worker:
             parameters = dict(model.named_parameters())
             tuned = topology(spec, sub, body, parameters)
             data = bagged(self.data, spec.bag, derive(spec.training_seed, "bag"))
-            images = yield from self._train(
+            images = yield from self.train(
                 spec, model, spec.training, spec.training_seed, data=data, topology=tuned
             )
             masks = tuned.masks if tuned is not None else masks
@@ -275,7 +258,7 @@ class Worker:
             self._anatomies[key] = anatomy(model, spec, self.data.input_shape)
         return self._anatomies[key]
 
-    def _train(
+    def train(
         self,
         job: Job,
         model: nn.Module,
@@ -284,15 +267,25 @@ class Worker:
         *,
         data: Data | None = None,
         topology: Topology | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        rate: supervised.Rate | None = None,
+        objective: supervised.Objective | None = None,
+        stage: bool = False,
     ) -> Generator[Epoch | Note, None, int]:
-        """Train with a checkpoint after every epoch but the last; returns images seen."""
-        optimizer = supervised.make_optimizer(model, training)
+        """Train with a checkpoint after every epoch but the last; returns images seen.
+
+        Args:
+            stage: more of this job follows, so there is one after the last epoch too.
+        """
+        optimizer = optimizer or supervised.make_optimizer(model, training)
         said: list[str] = []
-        start, images, earlier = load_checkpoint(self.folder, job, model, optimizer, said.append)
+        start, images, earlier = load_checkpoint(
+            self.folder, job, model, optimizer, said.append, topology
+        )
         for line in said:
             yield self._trouble(job, line)
-        if self._earlier is None:  # not where a diverged job starts again: that time is counted
-            self._earlier = earlier
+        if not self._busy:  # not where a diverged job starts again: that time is counted
+            self._earlier = max(earlier, self._earlier or 0.0)
         began, lost = time.time(), False
         self._timings["spawn"] = began - self._started
         loop = supervised.train(
@@ -304,15 +297,18 @@ class Worker:
             seed=seed,
             start_epoch=start,
             topology=topology,
+            rate=rate,
+            objective=objective,
         )
         for local in loop:
-            report = self.gather(local)
+            report, self._busy = self.gather(local), True
             images += report.images
-            if self.primary and report.epoch < report.epochs:
-                seconds = self._earlier + time.time() - self._started
+            if self.primary and (stage or report.epoch < report.epochs):
+                seconds = (self._earlier or 0.0) + time.time() - self._started
                 try:
                     save_checkpoint(
-                        self.folder, job, model, optimizer, report.epoch, images, seconds
+                        *(self.folder, job, model, optimizer),
+                        *(report.epoch, images, seconds, topology),
                     )
                 except WriteFailed as error:  # the next may find room; training loses nothing
                     if not lost:
@@ -372,23 +368,3 @@ class Worker:
         if isinstance(job, ChildSpec):
             return ChildResult(**common, fitness=fitness_of(validation, self.task.fitness))
         return Result(**common)
-
-
-class SerialPool:
-    """Every job in this process, in the order submitted: the debugger, the notebook, the oracle."""
-
-    faults: Sequence[Fault] = ()
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._queue: deque[Job] = deque()
-
-    def submit(self, job: Job) -> None:
-        self._queue.append(job)
-
-    def share(self, parent: Flat) -> None:
-        self._worker.load_parent(parent)
-
-    def reports(self) -> Iterator[Report]:
-        while self._queue:
-            yield from self._worker.run(self._queue.popleft())

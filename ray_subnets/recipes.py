@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 MethodName = Literal["noisy", "sparse", "stochastic"]
-Schedule = Literal["decay", "one_cycle", "constant", "steps"]
+Schedule = Literal["decay", "one_cycle", "constant", "steps", "cosine"]
 Structure = Literal["weight", "unit", "neuron", "channel", "layer"]
 Annealing = Literal["linear", "cosine", "exponential"]
 Probabilities = Literal["temperature", "uniform", "mixture"]
@@ -47,7 +47,8 @@ class Training:
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Schedule = "decay"
     """decay: constant half way, then linear to 1 % (parent); one_cycle: children (Fig 5.3);
-    steps: a tenth after 50 %, a hundredth after 90 % (sections 4.3.2, 6.3.1)"""
+    steps: a tenth after 50 %, a hundredth after 90 % (sections 4.3.2, 6.3.1); cosine: half of one,
+    to zero"""
     lr: Positive = 0.1
     """learning rate; the peak of it for one_cycle"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -187,7 +188,35 @@ class Solve:
         return asdict(self)
 
 
-Job = Fit | ChildSpec | Solve
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Make and measure one method of a benchmark, with one seed: a run of its own."""
+
+    id: str
+    row: str
+    column: str
+    seed: int
+    budget: int
+    """epochs that it may take"""
+    method: Mapping[str, Any]
+    """name and options, under `method`; or of our own methods all settings of a run, under `run`"""
+    training: Training
+    """of the column, for the whole budget"""
+    final: bool = True
+    """test data are looked at; else all is measured on validation data, to choose settings by"""
+    shift: Mapping[str, Any] = field(default_factory=dict)
+    """how it is measured on shifted data; empty: not"""
+
+    @property
+    def epochs(self) -> int:
+        return self.budget
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+RunJob = Fit | ChildSpec | Solve
+Job = RunJob | Cell
 
 
 @dataclass(frozen=True, kw_only=True)

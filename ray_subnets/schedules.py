@@ -71,3 +71,8 @@ def steps(
     """The step-wise rate of sections 4.3.2 and 6.3.1: `lr` times `factor` for each fraction of
     the steps in `at` that has passed (0.1, 0.01 after half, 0.001 for the last tenth)."""
     return lr * factor ** sum(step >= fraction * total for fraction in at)
+
+
+def cosine(step: int, total: int, *, lr: float) -> float:
+    """Half a cosine from `lr` to zero, at every step (Loshchilov and Hutter 2017)."""
+    return _cosine(lr, 0.0, step / total)

@@ -27,6 +27,7 @@ from ray_subnets.spawning import (
     subnetwork,
     without_removed,
 )
+from ray_subnets.topology import Topology
 
 Say = Callable[[str], None]
 _SEAL = "checksum"
@@ -130,6 +131,7 @@ def save_checkpoint(
     epoch: int,
     images: int,
     seconds: float,
+    topology: Topology | None = None,
 ) -> None:
     """Everything needed to go on after `epoch` epochs, in one atomic file.
 
@@ -137,6 +139,8 @@ def save_checkpoint(
         WriteFailed: see `RunFolder.write`; the checkpoint before is still there.
     """
     state = supervised.training_state(model, optimizer)
+    if topology is not None:
+        state |= {f"topology.{name}": tensor for name, tensor in topology.state().items()}
     state["job"] = _digest(job)
     state["progress"] = torch.tensor([epoch, images])
     state["seconds"] = torch.tensor(seconds, dtype=torch.float64)
@@ -150,6 +154,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     say: Say = lambda line: None,
+    topology: Topology | None = None,
 ) -> tuple[int, int, float]:
     """Restore the job's last checkpoint into model and optimizer.
 
@@ -179,6 +184,11 @@ def load_checkpoint(
     epoch, images = state.pop("progress").tolist()
     seconds = float(state.pop("seconds"))
     supervised.restore_training_state(model, optimizer, state)
+    if topology is not None:
+        prefix = "topology."
+        topology.restore(
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        )
     return epoch, images, seconds
 
 

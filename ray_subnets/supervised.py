@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,36 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ray_subnets import schedules
-from ray_subnets.data import Batches, Preprocess
+from ray_subnets.data import Batch, Batches, Preprocess
 from ray_subnets.recipes import Epoch, Training, derive
 from ray_subnets.streaming import ImageFiles
 from ray_subnets.topology import Topology
+
+Rate = Callable[[int, int], float]
+"""(step, steps in all) -> learning rate"""
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""A network and a batch -> loss in nats, summed over the batch's images."""
 
 
 class Diverged(ValueError):
     """The loss became NaN or infinite: the user's setting, not our fault."""
 
 
-def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or Adam; learning rate and momentum are set at every step."""
+def make_optimizer(
+    model: nn.Module, training: Training, groups: Sequence[Mapping[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or Adam; learning rate and momentum are set at every step.
+
+    Args:
+        groups: parameters with settings of their own, as torch takes them; default: all alike.
+    """
+    parameters: Any = model.parameters() if groups is None else [dict(group) for group in groups]
     if training.optimizer == "adam":
         return torch.optim.Adam(
-            model.parameters(), lr=training.lr, weight_decay=training.weight_decay, foreach=True
+            parameters, lr=training.lr, weight_decay=training.weight_decay, foreach=True
         )
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=training.lr,
         momentum=training.momentum,
         nesterov=training.nesterov and training.momentum > 0,
@@ -44,15 +57,29 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
     )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, training: Training, step: int, total: int) -> float:
-    """Set this step's learning rate (and, for one-cycle, momentum). Returns the rate."""
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    training: Training,
+    step: int,
+    total: int,
+    rate: Rate | None = None,
+) -> float:
+    """Set this step's learning rate (and, for one-cycle, momentum). Returns the rate.
+
+    Args:
+        rate: in place of the schedule that `training` names.
+    """
     momentum = None
-    if training.schedule == "one_cycle":
+    if rate is not None:
+        lr = rate(step, total)
+    elif training.schedule == "one_cycle":
         lr, momentum = schedules.one_cycle(step, total, lr_max=training.lr)
     elif training.schedule == "decay":
         lr = schedules.decay(step, total, lr=training.lr)
     elif training.schedule == "steps":
         lr = schedules.steps(step, total, lr=training.lr)
+    elif training.schedule == "cosine":
+        lr = schedules.cosine(step, total, lr=training.lr)
     else:
         lr = schedules.constant(step, total, lr=training.lr)
     for group in optimizer.param_groups:
@@ -75,11 +102,17 @@ def train(
     seed: int = 0,
     start_epoch: int = 0,
     topology: Topology | None = None,
+    rate: Rate | None = None,
+    objective: Objective | None = None,
 ) -> Iterator[Epoch]:
     """Train `model` in place from `start_epoch` on, yielding after every epoch.
 
     Args:
         topology: which weights act at each step (chapters 5 and 6); None: all.
+        rate: learning rate in place of the schedule that `training` names.
+        objective: loss in place of the cross-entropy of `model(x)`. It may draw from torch's own
+            generator, which is seeded by (seed, epoch). It sees the parameters themselves: not for
+            topologies that draw weights.
 
     Raises:
         Diverged: the training loss of an epoch is not finite.
@@ -102,16 +135,22 @@ def train(
             torch.manual_seed(derive(seed, "dropout", epoch))  # layers that draw by themselves
             for i, batch in enumerate(batches.epoch(epoch)):
                 step = epoch * steps + i
-                lr = set_rates(optimizer, training, step, total)
+                lr = set_rates(optimizer, training, step, total, rate)
                 seen = topology.weights(step / steps, bernoulli) if topology else None
-                with half:
-                    logits = functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
-                loss = cross_entropy(
-                    logits.float(),
-                    batch.y,
-                    reduction="sum",
-                    label_smoothing=training.label_smoothing,
-                )
+                if objective is not None:
+                    with half:
+                        loss = objective(model, batch)
+                else:
+                    with half:
+                        logits = (
+                            functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
+                        )
+                    loss = cross_entropy(
+                        logits.float(),
+                        batch.y,
+                        reduction="sum",
+                        label_smoothing=training.label_smoothing,
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 (loss / batch.size).backward()
                 optimizer.step()
@@ -168,6 +207,8 @@ def predict(
 ) -> Tensor:
     """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does.
 
+    A network that is K members gives `(K, N, C)`.
+
     Raises:
         ValueError: an image file cannot be read.
     """
@@ -177,7 +218,7 @@ def predict(
         logits = [model(preprocess(part)).float().cpu() for part in images.split(batch_size)]
     finally:
         model.train(training)
-    return torch.cat(logits)
+    return torch.cat(logits, dim=-2)
 
 
 # --- exact resume -------------------------------------------------------------------------------

@@ -29,7 +29,13 @@ class Topology(Protocol):
         """Weights that the next forward pass sees in place of the parameters; None: these."""
 
     def after_step(self) -> None:
-        """The optimizer has changed the parameters."""
+        """The optimizer has changed the parameters; their gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside weights and optimizer for training to go on."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`; weights were restored before."""
 
 
 class Fixed:
@@ -56,6 +62,12 @@ class Fixed:
 
     def after_step(self) -> None:
         sparse.hold_zero_(self._held, self._factors)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}  # follows from recipe, epoch and weights
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        pass
 
 
 class Iterative(Fixed):

@@ -1,0 +1,43 @@
+"""Every method of the benchmark beside our own three, one readable file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ray_subnets.baselines.dropout import Dropout, MCDropout
+from ray_subnets.baselines.independent import Bagging, Dense, Independent
+from ray_subnets.baselines.method import Bench, Method, Trained
+from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
+
+__all__ = ["METHODS", "Bench", "Method", "Trained", "parse"]
+
+METHODS: dict[str, type[Method]] = {
+    "independent": Independent,
+    "dense": Dense,
+    "bagging": Bagging,
+    "dropout": Dropout,
+    "mc_dropout": MCDropout,
+    "snapshot": Snapshot,
+    "fge": FastGeometric,
+    "swa": SWA,
+}
+
+
+def parse(options: Mapping[str, Any], source: str) -> Method:
+    """A method by its name, under `method`, and its options.
+
+    Raises:
+        ValueError: unknown name or option, or a value out of range; one line.
+    """
+    name = options.get("method")
+    if name not in METHODS:
+        raise ValueError(f"{source}: method: unknown method {name!r}; known: {', '.join(METHODS)}")
+    try:
+        return TypeAdapter(METHODS[name]).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{source}: {name}: {key}: {first['msg']}") from None
