@@ -28,8 +28,11 @@ FLOORS = [
     ["storage", "trust_region"],
     ["checkpoints"],
     ["stored"],
-    ["baselines.method"],
-    ["baselines.independent", "baselines.dropout", "baselines.trajectory"],
+    ["baselines.method", "baselines.fitting"],
+    [
+        *["baselines.independent", "baselines.dropout", "baselines.trajectory"],
+        *["baselines.batch_ensemble"],
+    ],
     ["baselines"],
     ["population", "summary", "groups"],
     ["config"],

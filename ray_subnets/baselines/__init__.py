@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ray_subnets.baselines.batch_ensemble import BatchEnsemble
 from ray_subnets.baselines.dropout import Dropout, MCDropout
 from ray_subnets.baselines.independent import Bagging, Dense, Independent
 from ray_subnets.baselines.method import Bench, Method, Trained
@@ -18,4 +19,5 @@ METHODS: dict[str, type[Method]] = {
     "snapshot": Snapshot,
     "fge": FastGeometric,
     "swa": SWA,
+    "batch_ensemble": BatchEnsemble,
 }
