@@ -33,6 +33,7 @@ FLOORS = [
         *["baselines.independent", "baselines.dropout", "baselines.trajectory"],
         *["baselines.batch_ensemble"],
     ],
+    ["baselines.mimo"],
     ["baselines"],
     ["population", "summary", "groups"],
     ["config"],

@@ -6,6 +6,7 @@ from ray_subnets.baselines.batch_ensemble import BatchEnsemble
 from ray_subnets.baselines.dropout import Dropout, MCDropout
 from ray_subnets.baselines.independent import Bagging, Dense, Independent
 from ray_subnets.baselines.method import Bench, Method, Trained
+from ray_subnets.baselines.mimo import MIMO
 from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
 
 __all__ = ["METHODS", "Bench", "Method", "Trained"]
@@ -20,4 +21,5 @@ METHODS: dict[str, type[Method]] = {
     "fge": FastGeometric,
     "swa": SWA,
     "batch_ensemble": BatchEnsemble,
+    "mimo": MIMO,
 }
