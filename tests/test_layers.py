@@ -31,7 +31,7 @@ FLOORS = [
     ["baselines.method", "baselines.fitting"],
     [
         *["baselines.independent", "baselines.dropout", "baselines.trajectory"],
-        *["baselines.batch_ensemble"],
+        *["baselines.batch_ensemble", "baselines.tree_net"],
     ],
     ["baselines.mimo"],
     ["baselines"],

@@ -8,6 +8,7 @@ from ray_subnets.baselines.independent import Bagging, Dense, Independent
 from ray_subnets.baselines.method import Bench, Method, Trained
 from ray_subnets.baselines.mimo import MIMO
 from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
+from ray_subnets.baselines.tree_net import TreeNet
 
 __all__ = ["METHODS", "Bench", "Method", "Trained"]
 
@@ -22,4 +23,5 @@ METHODS: dict[str, type[Method]] = {
     "swa": SWA,
     "batch_ensemble": BatchEnsemble,
     "mimo": MIMO,
+    "tree_net": TreeNet,
 }
