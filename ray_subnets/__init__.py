@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ray_subnets.data import Data as Data
     from ray_subnets.data import Preprocess as Preprocess
     from ray_subnets.data import Split as Split
-    from ray_subnets.driver import load as load
     from ray_subnets.ensemble import Ensemble as Ensemble
+    from ray_subnets.members import load as load
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
@@ -34,7 +34,7 @@ _HOME = {
     "Preprocess": "data",
     "Split": "data",
     "Training": "recipes",
-    "load": "driver",
+    "load": "members",
     "solve_sigma": "trust_region",
     "spawn": "spawning",
 }

@@ -123,6 +123,19 @@ class RunFolder:
             )
         return folder
 
+    def within(self, name: str) -> RunFolder:
+        """A run folder in this one, made if it is not there.
+
+        Raises:
+            WriteFailed: it cannot be made.
+        """
+        inner = RunFolder(storage.join(str(self), name))
+        try:
+            inner._place.make()
+        except OSError as error:
+            raise self._unwritable(name, error) from None
+        return inner
+
     def _state(self, who: str) -> storage.State:
         try:
             return self._place.state()

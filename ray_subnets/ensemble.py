@@ -139,7 +139,7 @@ def greedy(right: Tensor, count: int | None = None) -> list[tuple[int, float]]:
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together.
+    """Networks that answer together; one of them may be several members.
 
     Call it with network inputs `(N, *shape)`: floating point as the networks were trained on, or
     uint8 images, which are scaled and normalised as in training. It returns probabilities
@@ -169,7 +169,8 @@ class Ensemble(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Every member's logits, `(K, N, C)`."""
         x = self.preprocess(x)
-        return torch.stack([member(x) for member in self.members])
+        answers = [member(x) for member in self.members]
+        return torch.cat([one if one.dim() == 3 else one[None] for one in answers])
 
     def forward(self, x: Tensor) -> Tensor:
         return combine(self.logits(x), self.combine, self.weights).float()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ray_subnets import driver, metrics
+from ray_subnets import driver, members, metrics
 from ray_subnets.checkpoints import RunFolder
 
 _COMPARED = ("accuracy", "nll", "brier", "ece")
@@ -48,7 +48,7 @@ def evaluate(run: str | Path) -> Outcome:
     folder = RunFolder.open(run, needs="result.json")
     record = folder.read_json("result.json")
     config = driver.config_of(folder)
-    ensemble = driver.load(str(folder))
+    ensemble = members.load(str(folder))
     data = driver.load_data(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.resources.threads)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_sweep
+from ray_subnets import commands_benchmark, commands_sweep
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -212,7 +212,8 @@ def _do(
     """Run or go on with a run, write the report, show the result."""
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
-    from ray_subnets.population import SerialPool, Worker
+    from ray_subnets.pools import SerialPool
+    from ray_subnets.population import Worker
     from ray_subnets.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
@@ -312,6 +313,7 @@ def report(run: RunArgument) -> None:
 
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
+app.command(no_args_is_help=True)(commands_benchmark.benchmark)
 app.command()(commands_sweep.dashboard)
 
 

@@ -120,6 +120,21 @@ def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def scaled(probabilities: Tensor, temperature: float) -> Tensor:
+    """`softmax(log p / temperature)`, `(N, C)` float64: the same, more or less confident.
+
+    For an ensemble, of its combined probabilities. The temperature is fitted on other data.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    return (probabilities.double().clamp_min(tiny).log() / temperature).softmax(1)
+
+
+def temperature_of(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature with which `scaled` minimises the NLL of these `(N, C)`, `(N,)`."""
+    tiny = torch.finfo(torch.float64).tiny
+    return fit_temperature(probabilities.double().clamp_min(tiny).log(), labels)
+
+
 def summary(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """The numbers printed for every predictor: accuracy, nll, brier, ece, ece_floor(+_std)."""
     floor, floor_std = ece_floor(probabilities)
@@ -131,6 +146,64 @@ def summary(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         "ece_floor": floor,
         "ece_floor_std": floor_std,
     }
+
+
+# --- data from elsewhere: scores are uncertainties, larger for what looks strange -----------------
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Predictive entropy in nats, `(N, C)` -> `(N,)` float64."""
+    p = probabilities.double()
+    return -torch.special.xlogy(p, p).sum(1)
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """Between the label and which member answers, in nats, `(K, N, C)` -> `(N,)` float64.
+
+    Entropy of the mean answer minus the mean entropy of answers: what members disagree about
+    (Depeweg et al. 2018); 0 for a single member.
+    """
+    p = logits.double().softmax(2)
+    own = -torch.special.xlogy(p, p).sum(2).mean(0)
+    return (entropy(p.mean(0)) - own).clamp_min(0.0)
+
+
+def uncertainties(probabilities: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """The scores by name, each `(N,)`; the last one needs at least two members.
+
+    Args:
+        probabilities: `(N, C)`, of the members together.
+        logits: `(K, N, C)`, of each member.
+    """
+    found = {
+        "maximum_probability": 1 - probabilities.double().max(1).values,
+        "entropy": entropy(probabilities),
+    }
+    return found | ({"mutual_information": mutual_information(logits)} if len(logits) > 1 else {})
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Chance that a sample from outside scores higher than one from inside; ties count half.
+
+    Args:
+        inside, outside: uncertainties of samples `(N,)` of the data set and `(M,)` of another.
+    """
+    ordered = inside.double().sort().values
+    values = outside.double()
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return float((below + up_to).double().mean()) / (2 * len(ordered))
+
+
+def fpr_at_95(inside: Tensor, outside: Tensor) -> float:
+    """Fraction of samples from outside that are taken for insiders where 95 % of those are.
+
+    The threshold is the smallest score that accepts at least 95 % of `inside`; what ties with it is
+    accepted. Arguments as for `auroc`.
+    """
+    ordered = inside.double().sort().values
+    threshold = ordered[-(-95 * len(ordered) // 100) - 1]
+    return float((outside.double() <= threshold).double().mean())
 
 
 # --- diversity: (K, N, C) -> (K, K) ------------------------------------------------------------

@@ -11,11 +11,10 @@ import os
 import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from ray_subnets.recipes import (
     ChildResult,
     ChildSpec,
     Epoch,
-    Fault,
     Fit,
     Job,
     Note,
@@ -65,23 +63,6 @@ from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
 Report = Epoch | Note | Result
-
-
-class Pool(Protocol):
-    """Where jobs are done. A driver submits and reads reports; it does not see who works."""
-
-    def submit(self, job: Job) -> None:
-        """Queue a job. Children need the parent: see `share`."""
-
-    def share(self, parent: Flat) -> None:
-        """Make the parent's weights available to jobs submitted from now on."""
-
-    def reports(self) -> Iterator[Report]:
-        """Reports as they come, until every job submitted (also meanwhile) has a result."""
-
-    @property
-    def faults(self) -> Sequence[Fault]:
-        """What went wrong and was handled, in the order of time."""
 
 
 class Worker:
@@ -215,7 +196,7 @@ class Worker:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
-            images = yield from self._train(job, model, job.training, job.seed)
+            images = yield from self.train(job, model, job.training, job.seed)
             if not self.primary:
                 return Result(id=job.id)
             weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
@@ -226,6 +207,7 @@ class Worker:
             whole = self.batches(500, first.training_seed) if first.recompute_norm else None
             body = self.anatomy(model, first)
             return trust_region.search(job, self.parent, body, model, self.data, whole)
+        assert isinstance(job, ChildSpec), job
         return (yield from self._run_child(job))
 
     def _run_child(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Result]:
@@ -256,7 +238,7 @@ class Worker:
             parameters = dict(model.named_parameters())
             tuned = topology(spec, sub, body, parameters)
             data = bagged(self.data, spec.bag, derive(spec.training_seed, "bag"))
-            images = yield from self._train(
+            images = yield from self.train(
                 spec, model, spec.training, spec.training_seed, data=data, topology=tuned
             )
             masks = tuned.masks if tuned is not None else masks
@@ -276,7 +258,7 @@ class Worker:
             self._anatomies[key] = anatomy(model, spec, self.data.input_shape)
         return self._anatomies[key]
 
-    def _train(
+    def train(
         self,
         job: Job,
         model: nn.Module,
@@ -386,23 +368,3 @@ class Worker:
         if isinstance(job, ChildSpec):
             return ChildResult(**common, fitness=fitness_of(validation, self.task.fitness))
         return Result(**common)
-
-
-class SerialPool:
-    """Every job in this process, in the order submitted: the debugger, the notebook, the oracle."""
-
-    faults: Sequence[Fault] = ()
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._queue: deque[Job] = deque()
-
-    def submit(self, job: Job) -> None:
-        self._queue.append(job)
-
-    def share(self, parent: Flat) -> None:
-        self._worker.load_parent(parent)
-
-    def reports(self) -> Iterator[Report]:
-        while self._queue:
-            yield from self._worker.run(self._queue.popleft())

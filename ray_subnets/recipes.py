@@ -188,7 +188,35 @@ class Solve:
         return asdict(self)
 
 
-Job = Fit | ChildSpec | Solve
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Make and measure one method of a benchmark, with one seed: a run of its own."""
+
+    id: str
+    row: str
+    column: str
+    seed: int
+    budget: int
+    """epochs that it may take"""
+    method: Mapping[str, Any]
+    """name and options, under `method`; or of our own methods all settings of a run, under `run`"""
+    training: Training
+    """of the column, for the whole budget"""
+    final: bool = True
+    """test data are looked at; else all is measured on validation data, to choose settings by"""
+    shift: Mapping[str, Any] = field(default_factory=dict)
+    """how it is measured on shifted data; empty: not"""
+
+    @property
+    def epochs(self) -> int:
+        return self.budget
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+RunJob = Fit | ChildSpec | Solve
+Job = RunJob | Cell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,13 +104,9 @@ class Scores:
             return dict(self._tests[tuple(ids)])
         test = self.combined(ids, "test")
         validation = self.combined(ids, "validation")
-        tiny = torch.finfo(torch.float64).tiny
-        temperature = metrics.fit_temperature(
-            validation.clamp_min(tiny).log(), self.labels["validation"]
-        )
-        scaled = (test.clamp_min(tiny).log() / temperature).softmax(1)
+        temperature = metrics.temperature_of(validation, self.labels["validation"])
         result = metrics.summary(test, self.labels["test"])
-        result["nll_scaled"] = metrics.nll(scaled, self.labels["test"])
+        result["nll_scaled"] = metrics.nll(metrics.scaled(test, temperature), self.labels["test"])
         result["temperature"] = temperature
         self._tests[tuple(ids)] = result
         return dict(result)

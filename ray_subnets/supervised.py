@@ -207,6 +207,8 @@ def predict(
 ) -> Tensor:
     """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does.
 
+    A network that is K members gives `(K, N, C)`.
+
     Raises:
         ValueError: an image file cannot be read.
     """
@@ -216,7 +218,7 @@ def predict(
         logits = [model(preprocess(part)).float().cpu() for part in images.split(batch_size)]
     finally:
         model.train(training)
-    return torch.cat(logits)
+    return torch.cat(logits, dim=-2)
 
 
 # --- exact resume -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 from conftest import Command
 from tiny import TINY, run_serial, tiny
 
-from ray_subnets import configfile, datasets, driver, evaluation, models, report
+from ray_subnets import configfile, datasets, evaluation, members, models, report
 from ray_subnets.checkpoints import RunFolder
 
 Change = Callable[[Path], object]
@@ -454,7 +454,7 @@ def test_what_is_not_a_run_is_refused(
 
 
 @pytest.mark.parametrize("folder", NO_RUNS)
-@pytest.mark.parametrize("verb", [evaluation.evaluate, driver.load])
+@pytest.mark.parametrize("verb", [evaluation.evaluate, members.load])
 def test_what_is_not_a_run_is_refused_in_python(
     tmp_path: Path, verb: Callable[[Path], object], folder: str
 ) -> None:
@@ -587,7 +587,7 @@ def test_an_edited_ensemble_is_one_line(run: Path, damage: Change) -> None:
     """Whatever is wrong in ensemble.json, loading it says so and names the run's file."""
     damage(run)
     with pytest.raises(ValueError, match=r".") as caught:
-        driver.load(run)
+        members.load(run)
     must_say(str(caught.value), [r"run/ensemble\.json"])
 
 
@@ -608,8 +608,8 @@ def _report(run: Path) -> object:
         (put("config.yaml", b"\xff"), evaluation.evaluate, "config.yaml"),
         (cut("outputs/noisy-000.npz"), _report, "outputs/noisy-000.npz"),
         (cut("outputs/labels.npz"), _report, "outputs/labels.npz"),
-        (remove(CHILD), driver.load, CHILD),
-        (remove("parent.safetensors"), driver.load, "parent.safetensors"),
+        (remove(CHILD), members.load, CHILD),
+        (remove("parent.safetensors"), members.load, "parent.safetensors"),
     ],
 )
 def test_other_damage_is_one_line(
@@ -635,7 +635,7 @@ def test_resume_makes_a_damaged_file_again(
     damage(file)(run)
     _resume(run)
     assert (run / file).read_bytes() == before
-    assert len(driver.load(run)) == 6
+    assert len(members.load(run)) == 6
 
 
 def test_a_changed_recipe_does_not_pass(command: Command, tmp_path: Path, run: Path) -> None:

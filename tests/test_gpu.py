@@ -13,7 +13,8 @@ import ray_subnets
 from ray_subnets import configfile, driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
-from ray_subnets.population import SerialPool, Worker
+from ray_subnets.pools import SerialPool
+from ray_subnets.population import Worker
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import pytest
 from conftest import Command
 from tiny import numbers, run_serial
 
-from ray_subnets import configfile, driver
+from ray_subnets import configfile, members
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 
@@ -44,7 +44,7 @@ def test_a_grown_run_is_the_run_of_that_size(tmp_path: Path, command: Command) -
     whole = run_serial(small("children.0.count=6"), RunFolder.create(tmp_path / "whole"))
     grown = folder.read_json("result.json")
     assert numbers(grown) == numbers(json.loads(json.dumps(whole)))
-    assert len(driver.load(folder.root)) == 8
+    assert len(members.load(folder.root)) == 8
 
 
 def test_untrained_children_leave_the_single_model(tmp_path: Path, command: Command) -> None:

@@ -14,18 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["options"],
-    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
-    ["masks"],
-    ["noisy", "sparse", "stochastic", "units", "streaming"],
+    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
+    ["masks", "blurs", "shift"],
+    ["noisy", "sparse", "stochastic", "units", "streaming", "weather"],
     ["topology", "structured"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
-    ["models", "imagefolders"],
+    ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "ensemble"],
-    ["storage", "trust_region"],
+    ["storage", "trust_region", "outsiders"],
     ["checkpoints"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -37,10 +37,12 @@ FLOORS = [
     ["baselines.mimo", "baselines.free_tickets"],
     ["baselines"],
     ["population", "summary", "groups"],
-    ["config"],
+    ["config", "pools"],
     ["configfile"],
-    ["driver", "placement", "sweepfile"],
-    ["plan", "trials"],
+    ["members"],
+    ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
+    ["plan", "trials", "cells"],
+    ["benchmark"],
     ["plan_table", "sweep"],
     ["table", "figures", "evaluation", "events", "progress", "dashboard"],
     ["report", "sweepreport", "sweeptable"],
@@ -51,17 +53,18 @@ FLOORS = [
         "distributed.local_cluster",
         "distributed.selection",
         "distributed.devices",
+        "distributed.memory",
     ],
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
-    ["distributed.run", "distributed.sweepgauges"],
+    ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.sweeps"],
-    ["commands_sweep"],
+    ["commands_sweep", "commands_benchmark"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-READERS = {"datasets", "imagefolders"}
+READERS = {"datasets", "imagefolders", "corruptions"}
 GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
 GROUND_FLOOR.append("trust_region")
 

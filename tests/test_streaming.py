@@ -20,7 +20,8 @@ from ray_subnets import Data, configfile, datasets, driver, evaluation
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Batches
 from ray_subnets.distributed.children import pack_data, unpack_data
-from ray_subnets.population import SerialPool, Worker
+from ray_subnets.pools import SerialPool
+from ray_subnets.population import Worker
 from ray_subnets.recipes import Result, derive
 from ray_subnets.streaming import ImageFiles, crop_box, pack_names
 

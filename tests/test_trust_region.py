@@ -16,7 +16,7 @@ from tiny import numbers, run_serial, tiny
 from torch import Tensor, nn
 
 import ray_subnets
-from ray_subnets import configfile, driver, metrics, models, trust_region
+from ray_subnets import configfile, driver, members, metrics, models, trust_region
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.population import Report
 from ray_subnets.recipes import ChildSpec, SolveResult
@@ -276,7 +276,7 @@ def test_the_recipes_in_the_ensemble_are_whole(
     assert all(len(json.dumps(recipe)) < 1024 for recipe in recipes.values())
     images = driver.load_data(parse()).test.images
     expected = torch.from_numpy(folder.load_arrays("outputs/noisy-000.npz")["test"])
-    ensemble = driver.load(folder.root)
+    ensemble = members.load(folder.root)
     member = dict(zip(ensemble.ids, ensemble.members, strict=True))["noisy-000"]
     again = member(ensemble.preprocess(images)).detach()
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,8 @@ import torch
 from ray_subnets import configfile, driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
-from ray_subnets.population import SerialPool, Worker
+from ray_subnets.pools import SerialPool
+from ray_subnets.population import Worker
 
 TINY = """
 name: tiny

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
 from ray_subnets.baselines.batch_ensemble import BatchEnsemble
 from ray_subnets.baselines.dropout import Dropout, MCDropout
 from ray_subnets.baselines.free_tickets import DST, EDST
@@ -13,7 +18,7 @@ from ray_subnets.baselines.prune import Prune
 from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
 from ray_subnets.baselines.tree_net import TreeNet
 
-__all__ = ["METHODS", "Bench", "Method", "Trained"]
+__all__ = ["METHODS", "Bench", "Method", "Trained", "parse"]
 
 METHODS: dict[str, type[Method]] = {
     "independent": Independent,
@@ -32,3 +37,20 @@ METHODS: dict[str, type[Method]] = {
     "prune": Prune,
     "mother_nets": MotherNets,
 }
+
+
+def parse(options: Mapping[str, Any], source: str) -> Method:
+    """A method by its name, under `method`, and its options.
+
+    Raises:
+        ValueError: unknown name or option, or a value out of range; one line.
+    """
+    name = options.get("method")
+    if name not in METHODS:
+        raise ValueError(f"{source}: method: unknown method {name!r}; known: {', '.join(METHODS)}")
+    try:
+        return TypeAdapter(METHODS[name]).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{source}: {name}: {key}: {first['msg']}") from None

@@ -15,6 +15,7 @@ from ray_subnets import supervised
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
+from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.population import Report, Task, Worker
@@ -84,8 +85,8 @@ def _warm(worker: Worker) -> None:
 class ChildActor:
     """A `Worker` in a Ray actor. References come in lists, so that Ray hands them over unread."""
 
-    def __init__(self, selection: Any = None) -> None:
-        self._selection = selection
+    def __init__(self, selection: Any = None, worker: type[Worker] = Worker) -> None:
+        self._selection, self._kind = selection, worker
         self._worker: Worker | None = None
 
     def setup(self, task: Task, data: Sequence[Any], rest: dict[str, Any], gpus: float) -> str:
@@ -99,8 +100,9 @@ class ChildActor:
                 folder.
         """
         check_mark(task.folder)
+        keep_freed()
         device = granted(gpus)
-        self._worker = Worker(task, unpack_data(ray.get(data[0]), rest), device, here())
+        self._worker = self._kind(task, unpack_data(ray.get(data[0]), rest), device, here())
         self._instruments = Instruments(self._worker.folder.name)
         _warm(self._worker)
         return self._worker.node

@@ -26,6 +26,7 @@ from torch import nn
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data
 from ray_subnets.distributed.children import unpack_data
+from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import Epoch, Fit
@@ -67,6 +68,7 @@ class ParentWorker(Worker):
 def _loop(config: dict[str, Any]) -> None:
     """What Ray Train runs in every worker."""
     check_mark(config["task"].folder)
+    keep_freed()
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())
     data = unpack_data(ray.get(config["data"][0]), config["rest"])

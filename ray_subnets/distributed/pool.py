@@ -1,4 +1,4 @@
-"""A pool of child actors: the Ray counterpart of `population.SerialPool`."""
+"""A pool of child actors: the Ray counterpart of `pools.SerialPool`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,18 @@ from ray_subnets.distributed.children import ChildActor, pack_data
 from ray_subnets.distributed.devices import Share, alive
 from ray_subnets.distributed.visible import leave_mark, take_mark
 from ray_subnets.flat import Flat
-from ray_subnets.population import Report, Task
-from ray_subnets.recipes import ChildResult, Epoch, Fault, Fit, Job, Result, Status
+from ray_subnets.population import Report, Task, Worker
+from ray_subnets.recipes import (
+    ChildResult,
+    ChildSpec,
+    Epoch,
+    Fault,
+    Fit,
+    Job,
+    Result,
+    Solve,
+    Status,
+)
 from ray_subnets.stored import kind_of
 
 _WAIT = 1.0  # seconds between looks at what is not a report
@@ -63,6 +73,7 @@ class RayPool:
         parent_devices: devices that it takes; so many fewer actors until the parent is done.
         notify: called with a line of text when something happened that a person should know.
         watch: called with nodes and actors when they change.
+        worker: what does the jobs in each actor.
     """
 
     def __init__(
@@ -78,7 +89,9 @@ class RayPool:
         parent_devices: int = 0,
         notify: Callable[[str], None] = lambda line: None,
         watch: Callable[[Status], None] = lambda status: None,
+        worker: type[Worker] = Worker,
     ) -> None:
+        self._worker = worker
         self._task, self._resources, self._growing = task, resources, growing
         self._jobs = jobs
         self._share = Share.of(resources, growing=growing)
@@ -116,11 +129,11 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        handle: Any = actor.remote(self._selection)
+        handle: Any = actor.remote(self._selection, self._worker)
         setup = handle.setup.remote(self._task, [self.data], self.rest, gpus)
         return _Slot(handle, dedicated, setup)
 
-    # --- population.Pool ---
+    # --- pools.Pool ---
 
     def submit(self, job: Job) -> None:
         self._queue.append(job)
@@ -234,7 +247,7 @@ class RayPool:
             if slot.dedicated != (self._dedicate and parent_next):
                 continue
             job = self._queue.popleft()
-            if not isinstance(job, Fit) and not slot.has_parent:
+            if isinstance(job, ChildSpec | Solve) and not slot.has_parent:
                 # Calls of one actor run in order: the job starts after the weights are there.
                 slot.handle.load.remote([self._parent])
                 slot.has_parent = True

@@ -27,6 +27,7 @@ from ray_subnets.config import Config, Named
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share, granted, here
+from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.pool import RayPool
 from ray_subnets.distributed.sweepgauges import SweepGauges
 from ray_subnets.distributed.visible import check_mark, leave_mark, take_mark
@@ -56,6 +57,7 @@ class Trial(tune.Trainable):
     ) -> None:
         key, flat, rest = packed
         check_mark(root)
+        keep_freed()
         self._sweep: Sweep = sweep
         self._evaluator = Evaluator(
             root, data={key: unpack_data(flat, rest)}, device=granted(gpus), import_from=import_from

@@ -1,0 +1,109 @@
+"""Images of another data set in the shape of the first, for out-of-distribution detection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ray_subnets import datasets
+from ray_subnets.corruptions import rows_of
+from ray_subnets.data import Data
+from ray_subnets.streaming import ImageFiles
+
+EMBEDDED = ("digits", "patches")
+"""always at hand, and made to fit any shape"""
+
+_SAME_CLASSES = {"digits": ("digits", "mnist"), "mnist": ("digits", "mnist")}
+
+
+def ood_split(
+    name: str, data: Data, *, root: str | None = None, limit: int | None = None, seed: int = 0
+) -> Tensor:
+    """`(N, C, H, W)` uint8: test images of `name`, shaped as those of `data`.
+
+    `digits` (scikit-learn's, 8 x 8, all 1,797) are resized to the images; `patches` are 2,000
+    squares cut at random from scikit-learn's two photographs. Any other data set of `datasets` must
+    have images of the same size; grey ones become colour where needed. Normalise with
+    `data.preprocess`, as the network expects.
+
+    Args:
+        root: where the files of `name` are, if not at their usual place.
+        limit: at most so many images.
+        seed: where patches are cut.
+
+    Raises:
+        ValueError: unknown name or missing files; the same data or classes; shapes do not fit.
+    """
+    shape = data.input_shape
+    if data.train.images.dtype != torch.uint8 or len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"outsiders: {data.name} has no uint8 images (C, H, W), grey or colour, but "
+            f"{data.train.images.dtype} {shape}; leave out-of-distribution detection out"
+        )
+    if name in _SAME_CLASSES.get(data.name, (data.name,)):
+        others = [other for other in EMBEDDED if other not in _SAME_CLASSES.get(data.name, ())]
+        raise ValueError(
+            f"outsiders: {name} has the classes of {data.name}; take another data set, for "
+            f"instance {' or '.join(others)}"
+        )
+    if name == "patches":
+        images = _patches(2000, shape, seed)
+    elif name == "digits":
+        digits = datasets.load("digits")
+        parts = [part.images for part in (digits.train, digits.validation, digits.test)]
+        images = _fitted(torch.cat([part for part in parts if isinstance(part, Tensor)]), shape)
+    else:
+        images = _test_images(name, root)
+        if images.shape[2:] != shape[1:] or (images.shape[1] == 3 and shape[0] == 1):
+            raise ValueError(
+                f"outsiders: {name} images are {tuple(images.shape[1:])}, those of {data.name} "
+                f"{shape}; take a data set of the same size, or one that is made to fit: "
+                f"{' or '.join(EMBEDDED)}"
+            )
+        images = images.expand(-1, shape[0], -1, -1)
+    return images[rows_of(len(images), limit)].contiguous()
+
+
+def _test_images(name: str, root: str | None) -> Tensor:
+    try:
+        images = datasets.load(name, root=root).test.images
+    except ValueError as error:
+        raise ValueError(f"outsiders: cannot read {name}: {error}") from None
+    if isinstance(images, ImageFiles) or images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(
+            f"outsiders: {name} has no uint8 images in memory; take another data set, for instance "
+            f"{' or '.join(EMBEDDED)}"
+        )
+    return images
+
+
+def _fitted(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Grey images `(N, 1, H, W)` resized, with as many channels as needed."""
+    resized = torch.nn.functional.interpolate(
+        images.double(), shape[1:], mode="bilinear", antialias=True
+    )
+    return resized.round().clamp(0, 255).byte().expand(-1, shape[0], -1, -1)
+
+
+def _patches(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Squares (rectangles of the images' shape) from photographs of a temple and of a flower."""
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = shape
+    photographs = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
+    found = []
+    for i in range(count):
+        photograph = photographs[i % 2]
+        room = torch.tensor(photograph.shape[1:]) - torch.tensor([height, width])
+        if room.min() < 0:
+            raise ValueError(
+                f"outsiders: patches are at most 427 x 640 pixels, not {height} x {width}"
+            )
+        top, left = (torch.rand(2, generator=generator, dtype=torch.float64) * (room + 1)).long()
+        found.append(photograph[:, top : top + height, left : left + width])
+    images = torch.stack(found)
+    if channels == 3:
+        return images
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    return (images.double() * weights[:, None, None]).sum(1, keepdim=True).round().byte()
