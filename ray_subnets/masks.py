@@ -19,7 +19,8 @@ from ray_subnets import draws
 Masks = dict[str, Tensor]
 Shapes = Mapping[str, torch.Size]
 
-_MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""layers with weights that a subnetwork may leave out"""
 
 
 def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.Size]:
@@ -34,7 +35,7 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.S
     """
     weights = {id(parameter): name for name, parameter in model.named_parameters()}
     names = [
-        weights[id(module.weight)] for module in model.modules() if isinstance(module, _MASKABLE)
+        weights[id(module.weight)] for module in model.modules() if isinstance(module, MASKABLE)
     ]
     names = list(dict.fromkeys(names))  # a tied weight is one weight
     kept = names if classifier else names[:-1]
