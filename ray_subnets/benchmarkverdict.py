@@ -49,7 +49,7 @@ def _best(record: Mapping[str, Any], table: pd.DataFrame, best: pd.Series[Any]) 
     within = table[(table["over"] == "") & (table["n"] > 0)]
     among = f"within {record['budget']} epochs" if len(within) else "of all (none within budget)"
     text = (
-        f"the lowest NLL {among} has {best['label']}, {_pm(NLL, best)} (n = {best['n']}), with "
+        f"{best['label']} has the lowest NLL {among}, {_pm(NLL, best)} (n = {best['n']}), with "
         f"{_pm(ACCURACY, best)} % accuracy."
     )
     others = within[within["nll_stands"] != "best"] if len(within) else table.drop(best.name)

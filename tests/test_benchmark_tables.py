@@ -219,7 +219,7 @@ def test_one_seed_has_no_standard_error() -> None:
 def test_one_row() -> None:
     found = record(rows=("independent",), columns=("adam",))
     (line,) = verdict(found)
-    assert "has single model" in line
+    assert "single model has the lowest NLL" in line
     assert "distinguishable" not in line
     assert "number" not in line
 
@@ -270,7 +270,7 @@ def test_a_damaged_record_is_one_line(spoil: str) -> None:
 def test_the_verdict_says_who_is_best_who_ties_and_where_the_single_model_stands() -> None:
     (line,) = verdict(by_hand({**THREE, "swa": [0.60, 0.61, 0.62]}))
     assert line.startswith(
-        f"task, adam: the lowest NLL within {BUDGET} epochs has dropout, 0.4167 ± 0.0088 (n = 3), "
+        f"task, adam: dropout has the lowest NLL within {BUDGET} epochs, 0.4167 ± 0.0088 (n = 3), "
         "with 58.33 ± 0.88 % accuracy. Not distinguishable from it: snapshot. "
     )
     assert "The single model: NLL 0.5133 ± 0.0088, " in line
