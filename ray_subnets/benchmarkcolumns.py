@@ -82,7 +82,7 @@ SHIFT = (
     Shown("accuracy %, corrupted", "shift_accuracy", 100, 2),
     Shown("NLL, corrupted", "shift_nll"),
     Shown("ECE, corrupted", "shift_ece"),
-    Shown("AUROC, other data", "ood_max_probability_auroc"),
+    Shown("AUROC, other data", "ood_maximum_probability_auroc"),
     Shown("disagreement", "diversity_disagreement"),
     Shown("KL", "diversity_kl"),
 )

@@ -49,7 +49,7 @@ def cell(
         for k in range(1, 6)
     }
     score = {"auroc": 0.9 + 0.01 * draw(), "fpr95": 0.4}
-    scores = dict.fromkeys(("max_probability", "entropy", "mutual_information"), score)
+    scores = dict.fromkeys(("maximum_probability", "entropy", "mutual_information"), score)
     return {
         "id": f"{task}-{row}-{column}-{seed}",
         "task": task,

@@ -269,8 +269,8 @@ def test_shifted_data(tmp_path: Path) -> None:
         shift = cell["shift"]
         assert shift["samples"] == 20
         assert len(shift["cells"]) == 19 * 2
-        assert shift["by_severity"]["5"]["nll"] > shift["by_severity"]["1"]["nll"]
-        mean = sum(one["accuracy"] for one in shift["by_severity"].values()) / 2
+        assert shift["severities"]["5"]["nll"] > shift["severities"]["1"]["nll"]
+        mean = sum(one["accuracy"] for one in shift["severities"].values()) / 2
         assert shift["accuracy"] == pytest.approx(mean)
         assert 0 <= cell["ood"]["maximum_probability"]["auroc"] <= 1
         assert ("mutual_information" in cell["ood"]) == (cell["row"] == "dense")
