@@ -79,47 +79,42 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=0.1, help="of the noise (default 0.1)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(
-        title=f"Mean return on {LEVELS} levels; 8 children, 20 % of weights, "
-        f"sigma {arguments.sigma:g}"
+    title = (
+        f"Mean return on {LEVELS} levels; 8 children, 20 % of weights, sigma {arguments.sigma:g}"
     )
+    table = Table(title=title)
     for heading in ("task", "seed", "steps", "s", "parent", "ensemble", "difference", "95 %"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for name in arguments.tasks:
-        task, means, gains = TASKS[name], [], []
+        task, means, gains = TASKS[name], list[float](), list[float]()
         test = replace(task.env, num_envs=LEVELS)
         for seed in arguments.seeds:
             model, seconds = trained(task, seed)
             children = policies.noisy_children(derive(seed, "noise"), sigma=arguments.sigma)
             members = [spawning.spawn(model.actor, spec) for spec in children]
-            played = policies.compare(
-                {
-                    "parent": policies.Ensemble([model.actor]),
-                    "ensemble": policies.Ensemble(members),
-                },
-                test,
-                seed=derive(seed, "test"),
-                how="argmax",
-            )
+            both = {
+                "parent": policies.Ensemble([model.actor]),
+                "ensemble": policies.Ensemble(members),
+            }
+            played = policies.compare(both, test, seed=derive(seed, "test"), how="argmax")
             parent, ensemble = played["parent"], played["ensemble"]
             gain = policies.paired(ensemble, parent, seed=seed)
-            means.append(parent.returns.mean())
+            means.append(float(parent.returns.mean()))
             gains.append(gain.mean)
+            print(f"{name}, seed {seed}: {means[-1]:.1f} after {seconds:.0f} s", flush=True)
             table.add_row(
                 *(name, str(seed), f"{task.settings.total_steps:,}", f"{seconds:.0f}"),
-                *(f"{parent.returns.mean():.1f}", f"{ensemble.returns.mean():.1f}"),
+                *(f"{means[-1]:.1f}", f"{ensemble.returns.mean():.1f}"),
                 *(f"{gain.mean:+.2f}", f"{gain.low:+.2f} to {gain.high:+.2f}"),
             )
         low, high = policies.interval(np.array(means))
         solved = sum(mean >= task.solved for mean in means)
         table.add_row(
-            *(name, "mean", "", "", f"{np.mean(means):.1f}", ""),
-            *(f"{np.mean(gains):+.2f}", f"parent {low:.1f} to {high:.1f}"),
-            end_section=True,
+            name, "all", "", "", f"{np.mean(means):.1f}", "", f"{np.mean(gains):+.2f}", ""
         )
-        table.add_row(
-            name, "", "", "", f"{solved} of {len(means)} >= {task.solved:g}", end_section=True
-        )
+        table.add_row("", "", "", "", f"{low:.1f} to {high:.1f}", "", "", "")
+        words = f"{solved} of {len(means)} solved"
+        table.add_row(f"(>= {task.solved:g})", "", "", "", words, "", "", "", end_section=True)
     Console(width=120).print(table)
 
 

@@ -119,10 +119,10 @@ class Environments:
 
     def __init__(self, env: Env, seed: int, *, gamma: float | None = None) -> None:
         self.env = env
-        self._simulator = simulator(env, seed)
+        self.simulator = simulator(env, seed)
         self.num_envs = env.num_envs
-        self.num_actions = self._simulator.num_actions
-        frame = self._simulator.frame_shape
+        self.num_actions = self.simulator.num_actions
+        frame = self.simulator.frame_shape
         self._width = frame[0]
         self.observation_shape = (frame[0] * env.frame_stack, *frame[1:])
         """`(k channels, height, width)` uint8 for images, else `(k D,)` float32"""
@@ -135,7 +135,7 @@ class Environments:
     def reset(self) -> tuple[Array, dict[str, Any]]:
         """First observations. Once: the order of levels begins anew only with a new object."""
         assert self.observations is None
-        self.observations = self._stacked(self._simulator.reset())
+        self.observations = self._stacked(self.simulator.reset())
         return self.observations, {}
 
     def _stacked(self, first: Array) -> Array:
@@ -155,8 +155,8 @@ class Environments:
         """
         before, infos = self.observations, dict[str, Any]()
         assert before is not None, "reset first"
-        levels = self._simulator.levels()
-        frames, rewards, terminated, truncated, final = self._simulator.step(actions)
+        levels = self.simulator.levels()
+        frames, rewards, terminated, truncated, final = self.simulator.step(actions)
         self._steps += 1
         if not np.isfinite(rewards).all():
             worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -193,7 +193,7 @@ class Environments:
     def state(self) -> dict[str, Tensor]:
         """All that decides what comes next, as tensors."""
         assert self.observations is not None
-        arrays = {f"simulator.{k}": v for k, v in self._simulator.state().items()}
+        arrays = {f"simulator.{k}": v for k, v in self.simulator.state().items()}
         if self.normaliser is not None:
             arrays |= {f"normaliser.{k}": v for k, v in self.normaliser.state().items()}
         arrays |= {"observations": self.observations, "return": self._returns}
@@ -212,7 +212,7 @@ class Environments:
             part += "."
             return {k.removeprefix(part): v for k, v in arrays.items() if k.startswith(part)}
 
-        frames, lost = self._simulator.restore(of("simulator"))
+        frames, lost = self.simulator.restore(of("simulator"))
         if self.normaliser is not None:
             self.normaliser.restore(of("normaliser"))
         self.observations = arrays["observations"]
@@ -229,4 +229,4 @@ class Environments:
                 self.normaliser.returns[lost] = 0.0
 
     def close(self) -> None:
-        self._simulator.close()
+        self.simulator.close()
