@@ -90,8 +90,8 @@ def main() -> None:
         test = replace(task.env, num_envs=LEVELS)
         for seed in arguments.seeds:
             model, seconds = trained(task, seed)
-            children = policies.noisy_children(derive(seed, "noise"), sigma=arguments.sigma)
-            members = [spawning.spawn(model.actor, spec) for spec in children]
+            specs = policies.noisy_children(derive(seed, "noise"), sigma=arguments.sigma)
+            members = [spawning.spawn(model.actor, spec) for spec in specs]
             both = {
                 "parent": policies.Ensemble([model.actor]),
                 "ensemble": policies.Ensemble(members),

