@@ -10,6 +10,7 @@ k stacked frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -95,7 +96,7 @@ class RunningReturn:
         self.variance, self.count = squares / total, total
         self.returns[ended] = 0.0
         scaled: Array = rewards / (self.variance + 1e-8) ** 0.5
-        return scaled.clip(-10.0, 10.0)
+        return np.minimum(np.maximum(scaled, -10.0), 10.0)
 
     def state(self) -> dict[str, Array]:
         moments = np.array([self.mean, self.variance, self.count])
@@ -130,12 +131,14 @@ class Environments:
         self.observations: Array | None = None
         """`(E, *observation_shape)`, what the next actions answer; None before `reset`"""
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
+        self._levels = np.zeros(env.num_envs, np.int64)
         self._steps = 0
 
     def reset(self) -> tuple[Array, dict[str, Any]]:
         """First observations. Once: the order of levels begins anew only with a new object."""
         assert self.observations is None
         self.observations = self._stacked(self.simulator.reset())
+        self._levels = self.simulator.levels()
         return self.observations, {}
 
     def _stacked(self, first: Array) -> Array:
@@ -155,10 +158,9 @@ class Environments:
         """
         before, infos = self.observations, dict[str, Any]()
         assert before is not None, "reset first"
-        levels = self.simulator.levels()
         frames, rewards, terminated, truncated, final = self.simulator.step(actions)
         self._steps += 1
-        if not np.isfinite(rewards).all():
+        if not math.isfinite(rewards.sum()):
             worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise ValueError(
                 f"env.id: {self.env.id} gave the reward {rewards[worst]} in environment {worst}, "
@@ -170,14 +172,13 @@ class Environments:
             observations = np.concatenate([before[:, self._width :], frames], 1)
         self._returns += rewards
         self._lengths += 1
-        done = terminated | truncated
-        ended = np.flatnonzero(done)
+        ended = (terminated | truncated).nonzero()[0]
         if len(ended):
             infos = {
                 "ended": ended,
                 "return": self._returns[ended],
                 "length": self._lengths[ended],
-                "level": levels[ended],
+                "level": self._levels[ended],
                 "final_obs": {
                     i: np.concatenate([before[i, self._width :], frame])
                     for i, frame in final.items()
@@ -185,6 +186,7 @@ class Environments:
             }
             observations[ended] = self._stacked(frames[ended])
             self._returns[ended], self._lengths[ended] = 0.0, 0
+            self._levels = self.simulator.levels()
         if self.normaliser is not None:
             rewards = self.normaliser(rewards, ended)
         self.observations = observations
@@ -218,6 +220,7 @@ class Environments:
         self.observations = arrays["observations"]
         self._returns, self._lengths = arrays["return"], arrays["length"]
         self._steps = int(arrays["steps"])
+        self._levels = self.simulator.levels()
         if lost:
             say(
                 f"env.id: {self.env.id} does not repeat itself from a seed; {len(lost)} of "

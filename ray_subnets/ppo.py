@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,8 +96,7 @@ def losses(
         logits: `(n, A)`; all others `(n,)`.
     """
     log_probs = logits.log_softmax(1)
-    chosen = log_probs.gather(1, actions[:, None]).squeeze(1)
-    log_ratio = chosen - old_log_probs
+    log_ratio = log_probability(logits, actions) - old_log_probs
     ratio = log_ratio.exp()
     surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
     near = old_values + (values - old_values).clamp(-clip, clip)
@@ -122,28 +123,33 @@ class Rollout(NamedTuple):
     values: Tensor
     rewards: Tensor
     ended: Tensor
-    last: Tensor
-    """`(E,)` value of what came after"""
+    last: Tensor  # (E,): value of what came after
 
 
+@dataclass
 class Episodes:
     """Those that ended in a rollout."""
 
-    def __init__(self) -> None:
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 def act(forward: Forward, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample from the policy: `argmax(log p + g)` with Gumbel noise `g` has distribution p.
+    """Sample from the policy: `argmax(logits + g)` with Gumbel noise `g` has its distribution.
+
+    Args:
+        noise: `(N, A)`.
 
     Returns:
-        Actions, their log-probabilities, values, `(N,)` each.
+        Actions `(N,)`, logits `(N, A)`, values `(N,)`.
     """
     logits, values = forward(observations)
-    log_probs = logits.log_softmax(1)
-    actions = (log_probs + noise).argmax(1)
-    return actions, log_probs.gather(1, actions[:, None]).squeeze(1), values
+    return (logits + noise).argmax(1), logits, values
+
+
+def log_probability(logits: Tensor, actions: Tensor) -> Tensor:
+    """Of the actions that were taken: `(..., A)`, `(...)` -> `(...)`."""
+    return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
 
 
 @torch.no_grad()
@@ -156,9 +162,8 @@ def collect(
 ) -> Rollout:
     """Act for T steps from where `envs` stands.
 
-    An episode that was cut off by a time limit did not end for the critic: the discounted value
-    of its last state joins the reward (Pardo et al. 2018, "Time limits in reinforcement
-    learning").
+    An episode that a time limit cut off did not end for the critic: the discounted value of its
+    last state joins the reward (Pardo et al. 2018, "Time limits in reinforcement learning").
 
     Args:
         generator: of actions, on the device.
@@ -168,26 +173,27 @@ def collect(
     seen = torch.from_numpy(envs.observations)
     observations = torch.empty((steps, *seen.shape), dtype=seen.dtype, device=device)
     actions = torch.empty((steps, count), dtype=torch.int64, device=device)
-    log_probs, values = (torch.empty((steps, count), device=device) for _ in range(2))
-    rewards, ended = np.empty((steps, count)), np.empty((steps, count), np.bool_)
-    # All Gumbel noise of the rollout at once.
-    noise = torch.empty((steps, count, envs.num_actions), device=device)
+    values = torch.empty((steps, count), device=device)
+    logits = torch.empty((steps, count, envs.num_actions), device=device)
+    rewards, ended = np.empty((steps, count)), np.zeros((steps, count), np.bool_)
+    noise = torch.empty_like(logits)  # of the whole rollout at once
     noise = -noise.exponential_(generator=generator).log_()
-    for t in range(steps):
-        observations[t] = torch.from_numpy(envs.observations)
-        actions[t], log_probs[t], values[t] = act(forward, observations[t], noise[t])
-        _, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-        np.logical_or(terminated, truncated, out=ended[t])
+    rows = zip(observations, noise, actions, logits, values, strict=True)
+    for t, (observation, gumbel, *kept) in enumerate(rows):
+        observation.copy_(torch.from_numpy(envs.observations))
+        for place, answer in zip(kept, act(forward, observation, gumbel), strict=True):
+            place.copy_(answer)
+        _, rewards[t], _, _, infos = envs.step(kept[0].cpu().numpy())
         if infos:
+            ended[t, infos["ended"]] = True
             episodes.returns += infos["return"].tolist()
             episodes.lengths += infos["length"].tolist()
-            cut = infos["final_obs"]
-            if cut:
+            if cut := infos["final_obs"]:
                 final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
                 rewards[t, list(cut)] += settings.gamma * forward(final)[1].cpu().numpy()
     last = forward(torch.from_numpy(envs.observations).to(device))[1]
     return Rollout(
-        *(observations, actions, log_probs, values),
+        *(observations, actions, log_probability(logits, actions), values),
         rewards=torch.from_numpy(rewards).float().to(device),
         ended=torch.from_numpy(ended).to(device),
         last=last,
@@ -262,9 +268,11 @@ def train(
             group["lr"] = lr
         if topology:
             topology.start_epoch(iteration)
-        forward = _forward(model, half, topology, iteration, derive(seed, "bernoulli", iteration))
+        weights = partial(_weights, topology, iteration, seed, device)
+        with torch.no_grad():
+            acting = weights()
         generator = torch.Generator(device).manual_seed(derive(seed, "actions", iteration))
-        rollout = collect(forward, envs, settings, generator, episodes)
+        rollout = collect(_forward(model, half, acting), envs, settings, generator, episodes)
         collected = time.perf_counter()
         advantages, returns = gae(
             *(rollout.rewards, rollout.values, rollout.ended, rollout.last),
@@ -282,6 +290,7 @@ def train(
         while passes < settings.update_epochs:
             order = torch.randperm(len(samples[0]), generator=shuffle).to(device)
             for batch in order.tensor_split(settings.num_minibatches):
+                forward = _forward(model, half, weights())
                 one = _update(model, forward, optimizer, settings, [s[batch] for s in samples])
                 if topology:
                     topology.after_step()
@@ -301,13 +310,11 @@ def train(
             steps=(iteration + 1) * settings.num_steps * envs.num_envs,
             returns=tuple(episodes.returns),
             lengths=tuple(episodes.lengths),
-            **dict(
-                zip(
-                    ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"),
-                    numbers,
-                    strict=True,
-                )
-            ),
+            policy_loss=numbers[0],
+            value_loss=numbers[1],
+            entropy=numbers[2],
+            approx_kl=numbers[3],
+            clip_fraction=numbers[4],
             explained_variance=1 - float(residual) / max(float(spread), 1e-12),
             passes=passes,
             lr=lr,
@@ -316,24 +323,24 @@ def train(
         )
 
 
-def _forward(
-    model: nn.Module,
-    half: torch.autocast,
-    topology: Topology | None,
-    iteration: int,
-    seed: int,
-) -> Forward:
-    """The network as it acts and learns in one iteration."""
+def _weights(
+    topology: Topology | None, iteration: int, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Those of the actor's that act masked in this iteration: by one mask in all of it."""
+    if topology is None:
+        return {}
+    generator = torch.Generator(device).manual_seed(derive(seed, "bernoulli", iteration))
+    seen = topology.weights(float(iteration), generator) or {}
+    return {f"actor.{name}": weight for name, weight in seen.items()}
+
+
+def _forward(model: nn.Module, half: torch.autocast, weights: Mapping[str, Tensor]) -> Forward:
+    """The network with some of its parameters replaced."""
 
     def forward(observations: Tensor) -> tuple[Tensor, Tensor]:
-        seen: dict[str, Tensor] | None = None
-        if topology:
-            generator = torch.Generator(observations.device).manual_seed(seed)  # the same mask
-            seen = topology.weights(float(iteration), generator)
         with half:
-            if seen:
-                weights = {f"actor.{name}": weight for name, weight in seen.items()}
-                logits, values = functional_call(model, weights, (observations,))
+            if weights:
+                logits, values = functional_call(model, dict(weights), (observations,))
             else:
                 logits, values = model(observations)
         return logits.float(), values.float()

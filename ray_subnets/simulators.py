@@ -127,7 +127,8 @@ class GymnasiumSimulator:
 
     def reset(self) -> Array:
         self._episode[:] = 0
-        self._frames = np.stack([self._begin(i) for i in range(len(self._envs))])
+        first = [self._begin(i) for i in range(len(self._envs))]
+        self._frames = np.stack(first).astype(self._dtype)
         return self._frames
 
     def step(self, actions: Array) -> Stepped:
@@ -198,6 +199,8 @@ def _encoder(id: str, spaces: Any, space: Any) -> tuple[tuple[int, ...], Callabl
         return space.shape, np.asarray
     if isinstance(space, spaces.Box | spaces.MultiBinary) and 0 not in space.shape:
         size = int(np.prod(space.shape))
+        if len(space.shape) == 1:
+            return (size,), np.asarray
         return (size,), lambda values: np.asarray(values, np.float32).reshape(size)
     if isinstance(space, spaces.Discrete):
         return (int(space.n),), lambda number: np.eye(1, space.n, number - space.start, np.float32)[
