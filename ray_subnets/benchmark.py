@@ -16,7 +16,7 @@ from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.data import Data
 from ray_subnets.pools import Pool
 from ray_subnets.population import Report, Task
-from ray_subnets.recipes import Cell, Job, Note, Result
+from ray_subnets.recipes import Cell, Job, Note, Result, Shifted
 from ray_subnets.stored import stored_result
 
 MakePool = Callable[[Task, Data, int], AbstractContextManager[Pool]]
@@ -64,7 +64,9 @@ def expected(benchmark: Benchmark) -> list[Job]:
         for row, column in benchmark.places():
             for tried in benchmark.searches(task, row, column):
                 jobs += tried
-            jobs += benchmark.finals(task, row, column, benchmark.grid(row, column)[0])
+            for cell in benchmark.finals(task, row, column, benchmark.grid(row, column)[0]):
+                shifted = benchmark.shifted(cell)
+                jobs += [cell, shifted] if shifted else [cell]
     return jobs
 
 
@@ -124,15 +126,24 @@ def _task(
 ) -> Generator[Report, None, None]:
     """Search and then make every cell of a task, each row as soon as its settings are chosen."""
 
-    def submit(cell: Cell) -> Generator[Report, None, None]:
+    wanted: dict[str, Cell] = {}
+
+    def submit(job: Cell | Shifted) -> Generator[Report, None, None]:
         said: list[Note] = []
-        known = stored_result(folder, cell, lambda line: said.append(Note(cell.id, line)))
+        known = stored_result(folder, job, lambda line: said.append(Note(job.id, line)))
         yield from said
         if known is None:
-            pool.submit(cell)
+            pool.submit(job)
         else:
-            results[cell.id] = known
-            yield known
+            yield from done(known)
+
+    def done(result: Result) -> Generator[Report, None, None]:
+        results[result.id] = result
+        yield result
+        if result.id in wanted and not result.error:
+            job = benchmark.shifted(wanted[result.id])
+            if job:
+                yield from submit(job)
 
     def decide() -> Generator[Report, None, None]:
         for place in places:
@@ -143,6 +154,7 @@ def _task(
                 place.settings = settings
                 place.finals = benchmark.finals(task, place.row, place.column, settings)
                 for cell in place.finals:
+                    wanted[cell.id] = cell
                     yield from submit(cell)
 
     for place in places:
@@ -151,10 +163,11 @@ def _task(
                 yield from submit(cell)
     yield from decide()
     for report in pool.reports():
-        yield report
         if isinstance(report, Result):
-            results[report.id] = report
+            yield from done(report)
             yield from decide()
+        else:
+            yield report
 
 
 def _choose(
@@ -215,7 +228,7 @@ def _record(
             for cell in place.finals:
                 if cell.id in results:
                     named = {"id": cell.id, **where, "seed": cell.seed}
-                    done.append(named | _measured(folder, cell, results[cell.id]))
+                    done.append(named | _measured(benchmark, folder, cell, results))
     return {
         "name": benchmark.name,
         "budget": benchmark.budget,
@@ -241,7 +254,11 @@ def _outcome(result: Result) -> dict[str, Any]:
     return {"error": result.error, "validation": result.validation}
 
 
-def _measured(folder: RunFolder, cell: Cell, result: Result) -> dict[str, Any]:
+def _measured(
+    benchmark: Benchmark, folder: RunFolder, cell: Cell, results: dict[str, Result]
+) -> dict[str, Any]:
+    """A cell's numbers; what it cost is in units of a single model of the benchmark's budget."""
+    result = results[cell.id]
     if result.error:
         return {"error": result.error}
     try:
@@ -249,7 +266,11 @@ def _measured(folder: RunFolder, cell: Cell, result: Result) -> dict[str, Any]:
     except ValueError as error:
         return {"error": str(error)}
     found.pop("cell")
-    return {"error": None, "shift": None, "ood": None} | found
+    for key in ("flops_vs_single", "flops_dense_vs_single"):
+        found["cost"][key] *= cell.budget / benchmark.budget
+    shifted = benchmark.shifted(cell)
+    failed = results[shifted.id].error if shifted and shifted.id in results else None
+    return {"error": None, "shift": None, "ood": None, "shift_error": failed} | found
 
 
 def _describe(benchmark: Benchmark, row: Row) -> dict[str, Any]:

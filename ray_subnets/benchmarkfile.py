@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ray_subnets import baselines, configfile
 from ray_subnets.config import Config, DataSection, ModelSection, Named, ResourcesSection, named
 from ray_subnets.groups import Section
-from ray_subnets.recipes import Cell, Count, Training
+from ray_subnets.recipes import Cell, Count, Shifted, Training
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._]*$"
 OURS = ("noisy", "sparse", "stochastic")
@@ -67,8 +67,8 @@ class ShiftSection(Section):
 
     root: str | None = None
     """folder of published ones (CIFAR-10-C); default: made here from the test images"""
-    samples: Count = 1000
-    """test images that are corrupted, the first so many"""
+    samples: Count | None = None
+    """test images that are corrupted, evenly spread over them; default: all"""
     severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], Field(min_length=1)] = (
         1,
         2,
@@ -77,7 +77,7 @@ class ShiftSection(Section):
         5,
     )
     ood: str | None = None
-    """another data set, to be told from the first"""
+    """another data set, to be told from the first: digits, patches, or one of the same shape"""
 
 
 class Benchmark(Section):
@@ -207,7 +207,6 @@ class Benchmark(Section):
             method=method,
             training=training,
             final=not label,
-            shift=self.shift.model_dump(mode="json") if self.shift and not label else {},
         )
 
     def _run(
@@ -266,6 +265,19 @@ class Benchmark(Section):
             [self.cell(task, row, column, one, seed, f"-try{i}") for seed in self.search_seeds]
             for i, one in enumerate(grid)
         ]
+
+    def shifted(self, cell: Cell) -> Shifted | None:
+        """The job that measures a cell on shifted data, if that is wanted."""
+        if self.shift is None:
+            return None
+        return Shifted(
+            id=f"{cell.id}.shift",
+            cell=cell.id,
+            root=self.shift.root,
+            samples=self.shift.samples,
+            severities=self.shift.severities,
+            ood=self.shift.ood,
+        )
 
     def finals(self, task: TaskSection, row: Row, column: str, settings: Settings) -> list[Cell]:
         """The cells of the table."""

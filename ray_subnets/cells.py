@@ -21,7 +21,8 @@ from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.flops import training_flops as of_images
 from ray_subnets.pools import SerialPool
 from ray_subnets.population import Report, Worker
-from ray_subnets.recipes import Cell, Epoch, Job, Result
+from ray_subnets.recipes import Cell, Epoch, Job, Result, Shifted
+from ray_subnets.shifted import ShiftedData
 from ray_subnets.storage import join
 from ray_subnets.summary import LABELS, Scores
 from ray_subnets.supervised import Diverged
@@ -40,7 +41,13 @@ def with_training_only(data: Data) -> Data:
 class CellWorker(Worker):
     """A `Worker` that also does whole cells."""
 
+    def __init__(self, *what: Any, **how: Any) -> None:
+        super().__init__(*what, **how)
+        self._shifts: dict[int | None, ShiftedData] = {}
+
     def _run(self, job: Job) -> Generator[Progress, None, Result]:
+        if isinstance(job, Shifted):
+            return self._shifted(job)
         if not isinstance(job, Cell):
             return (yield from super()._run(job))
         data = self.data
@@ -60,7 +67,7 @@ class CellWorker(Worker):
         except AssertionError:
             raise
         except Exception as error:
-            if not isinstance(job, Cell):
+            if not isinstance(job, Cell | Shifted):
                 raise
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             line = " ".join(str(error).split())[:300]
@@ -216,6 +223,16 @@ class CellWorker(Worker):
             / max(single.total, 1),
         }
 
+    def _shifted(self, job: Shifted) -> Result:
+        """Load a finished cell's ensemble and measure it on shifted data: `shift.json` there."""
+        folder = self.folder.within(f"cells/{job.cell}")
+        ensemble = members.load(str(folder), self.device)
+        if job.samples not in self._shifts:
+            self._shifts[job.samples] = ShiftedData(self.data, job)
+        record = self._shifts[job.samples].measure(ensemble)
+        folder.write_json("shift.json", record)
+        return Result(id=job.id)
+
     def _finish(
         self,
         cell: Cell,
@@ -256,5 +273,8 @@ def read(folder: RunFolder, cell: Cell) -> dict[str, Any]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    record: dict[str, Any] = folder_of(folder, cell).read_json("cell.json")
+    own = folder_of(folder, cell)
+    record: dict[str, Any] = own.read_json("cell.json")
+    if own.exists("shift.json"):
+        record |= own.read_json("shift.json")
     return record

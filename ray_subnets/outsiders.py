@@ -22,7 +22,7 @@ def ood_split(
     """`(N, C, H, W)` uint8: test images of `name`, shaped as those of `data`.
 
     `digits` (scikit-learn's, 8 x 8, all 1,797) are resized to the images; `patches` are 2,000
-    squares cut at random from scikit-learn's two photographs. Any other data set of `datasets` must
+    pieces cut at random from scikit-learn's two photographs. Any other data set of `datasets` must
     have images of the same size; grey ones become colour where needed. Normalise with
     `data.preprocess`, as the network expects.
 
@@ -86,24 +86,30 @@ def _fitted(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _patches(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Squares (rectangles of the images' shape) from photographs of a temple and of a flower."""
+    """Cut at random from photographs of a temple and of a flower, four times as large as the images
+    if there is room, and reduced to their size.
+    """
     from sklearn.datasets import load_sample_images
 
-    generator = torch.Generator().manual_seed(seed)
     channels, height, width = shape
     photographs = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
+    most = photographs[0].shape[1:]
+    factor = min(4, most[0] // height, most[1] // width)
+    if factor == 0:
+        raise ValueError(
+            f"outsiders: patches are at most {most[0]} x {most[1]} pixels, not {height} x {width}; "
+            "take another data set"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    room = torch.tensor([most[0] - factor * height, most[1] - factor * width]) + 1
     found = []
     for i in range(count):
-        photograph = photographs[i % 2]
-        room = torch.tensor(photograph.shape[1:]) - torch.tensor([height, width])
-        if room.min() < 0:
-            raise ValueError(
-                f"outsiders: patches are at most 427 x 640 pixels, not {height} x {width}"
-            )
-        top, left = (torch.rand(2, generator=generator, dtype=torch.float64) * (room + 1)).long()
-        found.append(photograph[:, top : top + height, left : left + width])
+        top, left = (torch.rand(2, generator=generator, dtype=torch.float64) * room).long()
+        rows, columns = slice(top, top + factor * height), slice(left, left + factor * width)
+        piece = photographs[i % 2][:, rows, columns].double()
+        found.append(torch.nn.functional.avg_pool2d(piece, factor))
     images = torch.stack(found)
-    if channels == 3:
-        return images
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    return (images.double() * weights[:, None, None]).sum(1, keepdim=True).round().byte()
+    if channels == 1:
+        weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+        images = (images * weights[:, None, None]).sum(1, keepdim=True)
+    return images.round().byte()

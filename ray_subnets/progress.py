@@ -228,6 +228,8 @@ def _outcome(result: Result) -> str:
     if isinstance(result, SolveResult):
         return f"done in {result.seconds:.1f} s: KL {result.divergence['kl']:.4g} nats"
     value = result.validation
+    if not value:
+        return f"done in {result.seconds:.1f} s"
     return (
         f"done in {result.seconds:.1f} s: validation accuracy {value['accuracy']:.4f}, "
         f"NLL {value['nll']:.4f}"

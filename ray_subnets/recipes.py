@@ -204,8 +204,6 @@ class Cell:
     """of the column, for the whole budget"""
     final: bool = True
     """test data are looked at; else all is measured on validation data, to choose settings by"""
-    shift: Mapping[str, Any] = field(default_factory=dict)
-    """how it is measured on shifted data; empty: not"""
 
     @property
     def epochs(self) -> int:
@@ -215,8 +213,31 @@ class Cell:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """Measure the ensemble of a finished cell on shifted data."""
+
+    id: str
+    cell: str
+    """id of the cell"""
+    root: str | None = None
+    """folder of published corrupted images; None: they are made here"""
+    samples: int | None = None
+    """test images that are corrupted; None: all"""
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    ood: str | None = None
+    """another data set, to be told from the first"""
+
+    @property
+    def epochs(self) -> int:
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 RunJob = Fit | ChildSpec | Solve
-Job = RunJob | Cell
+Job = RunJob | Cell | Shifted
 
 
 @dataclass(frozen=True, kw_only=True)

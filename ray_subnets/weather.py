@@ -27,11 +27,11 @@ from ray_subnets.distortions import (
 # Mean colour and contrast (standard deviation within 32 x 32 pixels) of the five photographs that
 # the published files are made of, at the size used there; two of them are the same.
 _FROSTS = (
-    ((78, 149, 166), 11),
-    ((201, 205, 214), 12),
-    ((201, 205, 214), 12),
-    ((138, 153, 165), 14),
-    ((112, 123, 135), 24),
+    ((78, 149, 166), 15),
+    ((201, 205, 214), 18),
+    ((201, 205, 214), 18),
+    ((138, 153, 166), 26),
+    ((112, 123, 135), 35),
 )
 _WATER = (175 / 255, 238 / 255, 238 / 255)
 _MUD = (63 / 255, 42 / 255, 20 / 255)
@@ -105,14 +105,15 @@ def frost(x: Array, draws: Draws, setting: tuple[float, float]) -> Array:
         :, None, :height, :width
     ]
     needles = np.zeros((len(x), 1, height, width))
-    for _ in range(4):
+    for _ in range(2):
         dots = to_bytes(0.5 + 0.2 * normals(draws, (1, height, width)))
         angles = [float(draw.uniform(0, 360)) for draw in draws]
         needles = np.maximum(needles, streak(dots, angles, (3, 1.5), scale))
-    pattern = _standardised(needles) + _standardised(clouds)
+    # Three quarters of the variance in needles: neighbours differ as much as in the photographs.
+    pattern = math.sqrt(0.75) * _standardised(needles) + 0.5 * _standardised(clouds)
     colour = np.array([_FROSTS[kind][0] for kind in kinds]) / 255
     contrast = np.array([_FROSTS[kind][1] for kind in kinds]) / 255
-    layer = colour[:, :, None, None] + contrast[:, None, None, None] / math.sqrt(2) * pattern
+    layer = colour[:, :, None, None] + contrast[:, None, None, None] * pattern
     layer = np.clip(layer, 0, 1)
     return image * x + ice * (layer if x.shape[1] == 3 else luma(layer))
 

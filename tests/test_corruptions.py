@@ -1,4 +1,4 @@
-"""Corrupted images: what is done to them, on which numbers it depends, and the published files.
+"""Corrupted images: what is done to them, and on which numbers it depends.
 
 All but frost were compared, on 60 photographs of 32 x 32 pixels with the same random draws, with
 the code that made the published files (with OpenCV, scikit-image and ImageMagick, which are not
@@ -21,7 +21,8 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ray_subnets import Split, blurs, corruptions, datasets, distortions, weather
+from analysis import corruptions as picture
+from ray_subnets import blurs, corruptions, datasets, distortions, weather
 from ray_subnets.corruptions import EXTRA, NAMES, SEVERITIES, corrupt
 
 ALL = NAMES + EXTRA
@@ -31,10 +32,10 @@ ALL = NAMES + EXTRA
 def photographs() -> Tensor:
     """`(24, 3, 32, 32)` pieces of two photographs."""
     found = []
-    for picture in load_sample_images().images:
+    for photograph in load_sample_images().images:
         for i in range(12):
             top, left = 100 * (i // 4), 150 * (i % 4)
-            piece = Image.fromarray(picture[top : top + 128, left : left + 128])
+            piece = Image.fromarray(photograph[top : top + 128, left : left + 128])
             found.append(np.asarray(piece.resize((32, 32), Image.Resampling.BOX)))
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
@@ -136,7 +137,7 @@ CHECKSUMS = {
     "motion_blur": "8dbc76e765e5b60a",
     "zoom_blur": "1f8a18266890195e",
     "snow": "fa0f0aa3d6acb3bd",
-    "frost": "34aac2f6e6f0f650",
+    "frost": "89bbc21f2bca35be",
     "fog": "955234afb402f108",
     "brightness": "ddcf12b05177f83b",
     "contrast": "0843466c65be8003",
@@ -369,61 +370,12 @@ def test_no_samples_at_all() -> None:
     assert corrupt(torch.zeros(0, 1, 8, 8).byte(), "fog", 1).shape == (0, 1, 8, 8)
 
 
-# --- as published -------------------------------------------------------------------------------
-
-
-def write_published(folder: Path, name: str = "fog") -> None:
-    """Files of the published shape, nearly all zeros, so that they take no room."""
-    shape = (50_000, 32, 32, 3)
-    images = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
-    images[20_000, 1, 2] = [10, 20, 30]  # the first of severity 3
-    images[29_999] = 7
-    images.flush()
-    np.save(folder / "labels.npy", np.tile(np.arange(10_000) % 10, 5).astype(np.uint8))
-
-
-def test_published_files_are_read(tmp_path: Path) -> None:
-    """Severity 3 is images 20,000 to 29,999, channels first."""
-    write_published(tmp_path)
-    split = corruptions.published(tmp_path, "fog", 3)
-    assert isinstance(split.images, Tensor)
-    assert split.images.shape == (10_000, 3, 32, 32)
-    assert split.images[0, :, 1, 2].tolist() == [10, 20, 30]
-    assert (split.images[-1] == 7).all()
-    assert split.labels.tolist() == [i % 10 for i in range(10_000)]
-    assert int(corruptions.published(tmp_path, "fog", 2).images.sum()) == 0  # type: ignore[union-attr]
-
-    test = Split(torch.zeros(10_000, 3, 32, 32).byte(), torch.arange(10_000) % 10)
-    ((name, severity, part),) = corruptions.splits(
-        test, names=["fog"], severities=[3], limit=2, root=tmp_path
-    )
-    assert (name, severity, part.labels.tolist()) == ("fog", 3, [0, 0])
-    assert part.images[torch.tensor([0])][0, :, 1, 2].tolist() == [10, 20, 30]  # type: ignore[index]
-    other = Split(test.images, (test.labels + 1) % 10)
-    with pytest.raises(ValueError, match="has not the labels of this test data"):
-        next(corruptions.splits(other, names=["fog"], root=tmp_path))
-
-
-def test_damaged_published_files(tmp_path: Path) -> None:
-    """One line each, with the file and where to get it."""
-    remedy = "zenodo.org/records/2535967 .*zenodo.org/records/3555552"
-    with pytest.raises(ValueError, match=f"no fog.npy in {tmp_path}; .*{remedy}"):
-        corruptions.published(tmp_path, "fog", 1)
-    write_published(tmp_path)
-    (tmp_path / "labels.npy").unlink()
-    with pytest.raises(ValueError, match=f"no labels.npy in .*{remedy}"):
-        corruptions.published(tmp_path, "fog", 1)
-    np.save(tmp_path / "labels.npy", np.zeros(10, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"labels.npy holds uint8 \(10,\), not uint8 \(50000,\)"):
-        corruptions.published(tmp_path, "fog", 1)
-    np.save(tmp_path / "labels.npy", np.array([{}] * 3), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"cannot read .*labels.npy"):
-        corruptions.published(tmp_path, "fog", 1)
-    with (tmp_path / "fog.npy").open("r+b") as file:
-        file.truncate(1_000_000)
-    with pytest.raises(ValueError, match=r"cannot read .*fog.npy \(.*\); get") as caught:
-        corruptions.published(tmp_path, "fog", 1)
-    assert "\n" not in str(caught.value)
-    (tmp_path / "fog.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"cannot read .*fog.npy"):
-        corruptions.published(tmp_path, "fog", 1)
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every corruption and severity; a row that is not there is one line."""
+    out = tmp_path / "picture.png"
+    monkeypatch.setattr("sys.argv", ["corruptions", "--data", "digits", str(out)])
+    assert picture.main() == 0
+    with Image.open(out) as image:
+        assert min(image.size) > 1000
+    monkeypatch.setattr("sys.argv", ["corruptions", "--row", "540", str(out)])
+    assert picture.main() == 2

@@ -26,7 +26,7 @@ FLOORS = [
     ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "ensemble"],
     ["storage", "trust_region", "outsiders"],
-    ["checkpoints"],
+    ["checkpoints", "shifted"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
     [
