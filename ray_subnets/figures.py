@@ -20,24 +20,24 @@ from ray_subnets.metrics import Bins
 
 BLUE, ORANGE, GREEN, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00"
 KIND = {"noisy": SKY, "sparse": BLUE, "stochastic": GREEN, "parent": ORANGE, "single": RED}
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+INK = "#010203"  # stands for the page's text colour until the SVG is written
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
 }
 
 
-def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], title: str) -> str:
+def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], title: str) -> str:
     """Draw a figure of `size` inches; `title` is read out by screen readers."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[dict-item]
         figure = Figure(figsize=size, layout="constrained")
@@ -48,7 +48,7 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], t
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     # Group names (`axes_1`) repeat in every figure, but an id may occur once on a page.
     text = re.sub(
         r'<g id="(?:figure|axes|patch|line2d|text|matplotlib|xtick|ytick|legend|'
@@ -87,7 +87,7 @@ def by_size(curve: Sequence[Mapping[str, float]], lines: Mapping[str, Mapping[st
             axes.grid(alpha=0.25)
         right.legend(loc="best")
 
-    return _svg("size", (7.2, 2.8), draw, "Accuracy and NLL against ensemble size")
+    return svg("size", (7.2, 2.8), draw, "Accuracy and NLL against ensemble size")
 
 
 def reliability(diagrams: Mapping[str, tuple[Bins, float]]) -> str:
@@ -103,7 +103,7 @@ def reliability(diagrams: Mapping[str, tuple[Bins, float]]) -> str:
             used = bins.count > 0
             x, y = bins.confidence[used].numpy(), bins.accuracy[used].numpy()
             share = (bins.count[used] / bins.count.sum()).numpy()
-            axes.plot([0, 1], [0, 1], color=_INK, lw=0.8, alpha=0.6)
+            axes.plot([0, 1], [0, 1], color=INK, lw=0.8, alpha=0.6)
             axes.vlines(x, np.minimum(x, y), np.maximum(x, y), color=RED, lw=1.5)
             axes.scatter(
                 x, y, s=12 + 320 * share, color=BLUE, alpha=0.85, lw=0, zorder=3, clip_on=False
@@ -113,7 +113,7 @@ def reliability(diagrams: Mapping[str, tuple[Bins, float]]) -> str:
             axes.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
         panels[0].set_ylabel("accuracy")
 
-    return _svg("reliability", (2.5 * len(diagrams) + 0.2, 2.8), draw, "Reliability diagrams")
+    return svg("reliability", (2.5 * len(diagrams) + 0.2, 2.8), draw, "Reliability diagrams")
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
@@ -144,7 +144,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
         figure.colorbar(mesh, ax=axes, shrink=0.8, label=label)
 
     side = min(6.4, 2.4 + 0.32 * len(names))
-    return _svg("heat", (side + 0.9, side), draw, f"{label} of every pair of members")
+    return svg("heat", (side + 0.9, side), draw, f"{label} of every pair of members")
 
 
 def timeline(jobs: Sequence[Mapping[str, Any]]) -> str:
@@ -192,4 +192,4 @@ def timeline(jobs: Sequence[Mapping[str, Any]]) -> str:
         figure.legend(loc="outside upper center", ncols=5)
 
     lanes = len({job["worker"] for job in jobs})
-    return _svg("timeline", (7.2, 1.3 + 0.42 * lanes), draw, "Timeline of the run")
+    return svg("timeline", (7.2, 1.3 + 0.42 * lanes), draw, "Timeline of the run")

@@ -62,7 +62,7 @@ class ShiftedData:
             samples = len(split)
         severities = self._job.severities
         names = corruptions.NAMES
-        by_severity = {
+        severity_means = {
             str(severity): shift.mean_over_cells(found, names, [severity])
             for severity in severities
         }
@@ -75,7 +75,7 @@ class ShiftedData:
                 "samples": samples,
                 **shift.mean_over_cells(found, names, severities),
                 "pooled": shift.pooled(found, names + corruptions.EXTRA, severities),
-                "by_severity": by_severity,
+                "severities": severity_means,
                 "cells": cells,
             }
         }

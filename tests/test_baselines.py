@@ -103,7 +103,12 @@ def test_bagging_sees_a_part_of_the_images() -> None:
 
 def test_members_differ() -> None:
     bench = MemoryBench(budget=4)
-    for method in (Dense(members=2), Bagging(members=2), Snapshot(cycles=2), FastGeometric(members=2)):
+    for method in (
+        Dense(members=2),
+        Bagging(members=2),
+        Snapshot(cycles=2),
+        FastGeometric(members=2),
+    ):
         logits = answers(method, trained(method, MemoryBench(budget=4)), bench)
         assert len(logits) == 2
         assert not torch.allclose(logits[0], logits[1], atol=1e-3), method

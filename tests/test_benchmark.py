@@ -24,8 +24,8 @@ from ray_subnets.benchmarkfile import Benchmark
 from ray_subnets.cells import CellWorker
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Data
-from ray_subnets.population import Report, Task
 from ray_subnets.pools import Pool, SerialPool
+from ray_subnets.population import Report, Task
 from ray_subnets.recipes import Epoch, Result, derive
 
 TEXT = """
@@ -235,7 +235,9 @@ def test_a_method_that_exceeds_the_budget_is_an_error(
 
 
 def test_a_failed_cell_is_a_line(tmp_path: Path) -> None:
-    text = TEXT.replace("  - independent", "  - {method: independent, columns: {decayed: {lr: 1.0e+30}}}")
+    text = TEXT.replace(
+        "  - independent", "  - {method: independent, columns: {decayed: {lr: 1.0e+30}}}"
+    )
     settings = parse("seeds=[0]", text=text.replace(", settings_of: independent", ""))
     record = make(settings, RunFolder.create(tmp_path / "b"))
     bad = [c for c in record["cells"] if c["error"]]
@@ -267,8 +269,8 @@ def test_shifted_data(tmp_path: Path) -> None:
         shift = cell["shift"]
         assert shift["samples"] == 20
         assert len(shift["cells"]) == 19 * 2
-        assert shift["by_severity"]["5"]["nll"] > shift["by_severity"]["1"]["nll"]
-        mean = sum(one["accuracy"] for one in shift["by_severity"].values()) / 2
+        assert shift["severities"]["5"]["nll"] > shift["severities"]["1"]["nll"]
+        mean = sum(one["accuracy"] for one in shift["severities"].values()) / 2
         assert shift["accuracy"] == pytest.approx(mean)
         assert 0 <= cell["ood"]["maximum_probability"]["auroc"] <= 1
         assert ("mutual_information" in cell["ood"]) == (cell["row"] == "dense")
@@ -304,7 +306,7 @@ BAD = [
     ("seeds=[0, 0]", [r"seeds", r"twice"]),
     ("seeds=[0, 1000]", [r"search_seeds"]),
     ("columns={}", [r"columns", r"at least 1"]),
-    ("columns.decayed.lr=-1", [r"columns\.decayed", r"lr", r"greater than 0"]),
+    ("columns.constant.lr=-1", [r"columns\.constant", r"lr", r"greater than 0"]),
     ("columns.decayed.lrr=1", [r"columns\.decayed", r"lrr"]),
     ("search={other: {lr: [1, 2]}}", [r"search", r"no column 'other'"]),
     ("search.decayed={lr: []}", [r"search\.decayed\.lr", r"at least 1"]),

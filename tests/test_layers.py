@@ -44,8 +44,11 @@ FLOORS = [
     ["plan", "trials", "cells"],
     ["benchmark"],
     ["plan_table", "sweep"],
-    ["table", "figures", "evaluation", "events", "progress", "dashboard"],
-    ["report", "sweepreport", "sweeptable"],
+    ["table", "figures", "evaluation", "events", "progress", "dashboard", "benchmarkframe"],
+    ["benchmarkcolumns", "benchmarkfigures"],
+    ["benchmarkverdict"],
+    ["report", "sweepreport", "sweeptable", "benchmarktable"],
+    ["benchmarkreport"],
     ["sweepmonitor"],
     [
         "distributed",
