@@ -342,7 +342,7 @@ def test_the_command(command: Command, tmp_path: Path) -> None:
     place = str(tmp_path / "b")
     plan = command("benchmark", str(config), "--plan")
     assert plan.returncode == 0
-    assert "28 cells, 136 epochs" in plan.stdout
+    assert "28 cells, 128 epochs" in plan.stdout
     options = ["seeds=[0]", "rows=[independent]", "search={}", "--serial", "--out", place]
     first = command("benchmark", str(config), *options)
     assert first.returncode == 0, first.stderr
