@@ -212,6 +212,7 @@ class Benchmark(Section):
             budget=budget,
             method=method,
             training=training,
+            data=task.data.model_dump(mode="json"),
             final=not label,
         )
 

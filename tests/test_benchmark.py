@@ -18,7 +18,7 @@ from test_errors import must_say
 from tiny import numbers
 
 import ray_subnets
-from ray_subnets import baselines, benchmark, benchmarkfile, cells
+from ray_subnets import baselines, benchmark, benchmarkfile, cells, evaluation
 from ray_subnets.baselines.method import Bench, Method, Progress, Trained, of
 from ray_subnets.benchmarkfile import Benchmark
 from ray_subnets.cells import CellWorker
@@ -134,6 +134,7 @@ def test_a_cell_is_a_run_folder(whole: tuple[RunFolder, dict[str, Any]], row: st
     """Its ensemble loads and gives the recorded numbers."""
     folder, record = whole
     cell = next(c for c in record["cells"] if c["row"] == row and c["column"] == "decayed")
+    assert evaluation.evaluate(folder.root / "cells" / cell["id"]).difference < 1e-6
     ensemble = ray_subnets.load(folder.root / "cells" / cell["id"])
     data = benchmark.prepare(parse())["digits"]
     assert isinstance(data.test.images, torch.Tensor)
