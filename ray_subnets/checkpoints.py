@@ -27,6 +27,8 @@ from ray_subnets import storage
 from ray_subnets.recipes import Stored
 
 CONFIG = "config.yaml"
+CELL = "cell.json"
+"""in the folder of a benchmark's cell"""
 
 
 class WriteFailed(ValueError):

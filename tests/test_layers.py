@@ -34,7 +34,7 @@ FLOORS = [
         *["baselines.batch_ensemble", "baselines.tree_net"],
         *["baselines.prune", "baselines.mother_nets"],
     ],
-    ["baselines.mimo", "baselines.free_tickets"],
+    ["baselines.mimo", "baselines.free_tickets", "baselines.swag"],
     ["baselines"],
     ["population", "summary", "groups"],
     ["config", "pools"],
