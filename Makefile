@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.population_128
 	$(BIN)/python -m analysis.benchmarks.trust_region
 	$(BIN)/python -m analysis.benchmarks.sweeps
+	$(BIN)/python -m analysis.benchmarks.rollouts
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup
