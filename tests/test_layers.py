@@ -16,7 +16,7 @@ FLOORS = [
     ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
     ["masks", "blurs", "shift"],
-    ["noisy", "sparse", "stochastic", "units", "streaming", "weather"],
+    ["noisy", "sparse", "stochastic", "units", "streaming", "weather", "items", "blueprint"],
     ["topology", "structured"],
     ["spawning", "flops", "data"],
     [
@@ -24,7 +24,8 @@ FLOORS = [
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "ensemble"],
+    ["datasets", "supervised", "answers", "sources"],
+    ["ensembles"],
     ["storage", "trust_region", "outsiders"],
     ["checkpoints", "shifted"],
     ["stored"],
@@ -37,9 +38,10 @@ FLOORS = [
     ["baselines.mimo", "baselines.free_tickets"],
     ["baselines"],
     ["population", "summary", "groups"],
-    ["config", "pools"],
+    ["config", "pools", "methods"],
     ["configfile"],
     ["members"],
+    ["cascade"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells"],
     ["benchmark"],
@@ -63,12 +65,12 @@ FLOORS = [
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.sweeps"],
-    ["commands_sweep", "commands_benchmark"],
+    ["api", "commands_sweep", "commands_benchmark"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[1:10] for name in names if name not in READERS]
 GROUND_FLOOR.append("trust_region")
 
 

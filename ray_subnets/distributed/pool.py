@@ -89,7 +89,7 @@ class RayPool:
         parent_devices: int = 0,
         notify: Callable[[str], None] = lambda line: None,
         watch: Callable[[Status], None] = lambda status: None,
-        worker: type[Worker] = Worker,
+        worker: Callable[..., Worker] = Worker,
     ) -> None:
         self._worker = worker
         self._task, self._resources, self._growing = task, resources, growing
@@ -98,6 +98,7 @@ class RayPool:
         leave_mark(task.folder)
         flat, self.rest = pack_data(data)
         self.data = ray.put(flat)
+        self._rest = ray.put(self.rest)
         self._selection, self._notify, self._watch = selection, notify, watch
         self._trainer: Iterator[Report | None] | None = None
         self._parent_trainer, self._parent_devices = parent_trainer, parent_devices
@@ -130,7 +131,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
         )
         handle: Any = actor.remote(self._selection, self._worker)
-        setup = handle.setup.remote(self._task, [self.data], self.rest, gpus)
+        setup = handle.setup.remote(self._task, [self.data], self._rest, gpus)
         return _Slot(handle, dedicated, setup)
 
     # --- pools.Pool ---
