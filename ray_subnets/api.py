@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -286,8 +288,9 @@ def _config(record: dict[str, Any], *, several: bool) -> Config:
         if found:
             which, rest = found.groups()
             text = f"method[{which}].{rest}" if several else f"method.{rest}"
-            text = re.sub(r"^method(\[\d+\])?\.(tune\.|count: )", r"\2", text)
-        raise ValueError(text.replace("count: ", "children: ", 1)) from None
+            text = re.sub(r"^method(\[\d+\])?\.tune\.", "tune.", text)
+            text = re.sub(r"^method\.count: ", "children: ", text)
+        raise ValueError(text) from None
 
 
 def _folder(
@@ -301,8 +304,8 @@ def _folder(
     }
     keep = None
     if place is None:
-        keep = tempfile.TemporaryDirectory(prefix="ray-subnets-", ignore_cleanup_errors=True)
-        place = keep.name
+        keep = _Scratch()
+        place = keep.path
     folder = RunFolder(place)
     if keep is None and folder.exists(CONFIG):
         known = folder.exists(_GIVEN) and folder.read_json(_GIVEN) == say
@@ -318,6 +321,14 @@ def _folder(
         folder.write(_WEIGHTS, content)
     folder.write_json(_GIVEN, say)
     return folder, keep
+
+
+class _Scratch:
+    """A temporary folder that goes when nobody holds this."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="ray-subnets-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -276,7 +277,8 @@ class Ensemble(nn.Module):
         """Where the members are, or will be."""
         if isinstance(self.members, Members):
             return self.members.get_buffer("_here").device
-        return next(self.members.parameters()).device
+        tensors = chain(self.members.parameters(), self.members.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def calibrate(self, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
         """Fit the temperature on validation data, `(N, *shape)` and `(N,)`; returns it.

@@ -246,7 +246,7 @@ def _builder(
     record: Kind, model: nn.Module | Blueprint | None, folder: RunFolder, source: str
 ) -> Callable[[], nn.Module]:
     """Makes networks of the right kind, of zeros, on the CPU."""
-    if isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, Blueprint):
         model = Blueprint.of(blueprint.check(model))
     if model is None:
         name, options = record.model.name, record.model.options

@@ -59,6 +59,7 @@ FLOORS = [
         "distributed.selection",
         "distributed.devices",
         "distributed.memory",
+        "distributed.sent",
     ],
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],

@@ -17,6 +17,7 @@ from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.memory import keep_freed
+from ray_subnets.distributed.sent import Sent
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.items import Items
@@ -50,7 +51,7 @@ def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
         "crop": data.crop,
         "flip": data.flip,
         "files": files,
-        "items": items,
+        "items": Sent(items, "the data") if items else {},
     }
     return flatten(tensors), rest
 

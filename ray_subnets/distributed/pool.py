@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -359,6 +360,9 @@ def _name(node: dict[str, Any]) -> str:
 def _reason(error: RayError) -> str:
     """What became of an actor, as the end of a sentence."""
     text = " ".join(str(error).split())
+    missing = re.search(r"No module named '[^']+'", text)
+    if missing and "input arguments" in text:
+        return f"cannot read what it was sent: {missing[0]} on its machine"
     if isinstance(error, RayTaskError):
         cause = error.cause
         name = type(cause).__name__

@@ -22,6 +22,7 @@ from ray_subnets.distributed.devices import has_gpus
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.parent import RayTrainParent
 from ray_subnets.distributed.pool import RayPool
+from ray_subnets.distributed.sent import Sent
 from ray_subnets.flops import Cost
 from ray_subnets.population import Report, Worker
 from ray_subnets.recipes import Result, Status
@@ -84,7 +85,7 @@ def run(
         parent_devices=workers if trainer else 0,
         notify=notify,
         watch=see,
-        worker=Worker if network is None else partial(Worker, network=network),
+        worker=Worker if network is None else _given(network),
     )
     if trainer:
         trainer.data, trainer.rest = pool.data, pool.rest
@@ -100,6 +101,11 @@ def run(
     finally:
         pool.close()
         ray.kill(selection)
+
+
+def _given(network: Blueprint) -> Any:
+    """Makes workers of a network that is not built by name."""
+    return Sent(partial(Worker, network=network), "the model")
 
 
 def _check_room(workers: int, kind: str, growing: bool) -> None:
