@@ -199,7 +199,13 @@ def _network(
     network = Blueprint.of(model)
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     trial = network.build()
-    trial.load_state_dict(weights)
+    try:
+        trial.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: plain tensors are not enough to load its weights again ({reason})"
+        ) from None
     images = val.split.images[torch.arange(min(2, len(val.split)))]
     inputs = next(iter(images.split(2))).cpu()
     if preprocess is not None or inputs.is_floating_point():

@@ -22,7 +22,13 @@ OURS = ("noisy", "sparse", "stochastic")
 TRAINING = {field.name for field in fields(Training)} - {"epochs"}
 OWN_KEYS = ("parent_epochs", "tune_epochs", "tune_lr", "tune_schedule", "include_parent")
 Settings = Mapping[str, Any]
-Grid = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Grid = dict[str, Annotated[tuple[Any, ...], Field(min_length=1), BeforeValidator(_tuple)]]
 
 
 def _method(value: Any) -> Any:
@@ -32,7 +38,7 @@ def _method(value: Any) -> Any:
 class Row(Named):
     """A method, with its options beside the keys below."""
 
-    name: Annotated[str, Field(pattern=NAME)] = ""
+    name: Annotated[str, Field(pattern=rf"^$|{NAME}")] = ""
     """in tables and folders; default: the method"""
     method: str
     """one of `baselines.METHODS`, or noisy, sparse, stochastic"""
@@ -206,6 +212,7 @@ class Benchmark(Section):
             budget=budget,
             method=method,
             training=training,
+            data=task.data.model_dump(mode="json"),
             final=not label,
         )
 

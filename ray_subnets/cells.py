@@ -14,7 +14,7 @@ from ray_subnets import baselines, driver, members, supervised
 from ray_subnets.baselines.method import Method, Progress, Trained
 from ray_subnets.bench import WorkerBench, training_flops
 from ray_subnets.benchmarkfile import Benchmark
-from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.checkpoints import CELL, CONFIG, RunFolder
 from ray_subnets.config import ModelSection
 from ray_subnets.data import Data
 from ray_subnets.flops import Cost, forward_cost
@@ -244,17 +244,18 @@ class CellWorker(Worker):
         cost: Mapping[str, Any],
         seconds: float,
     ) -> Result:
-        """`cell.json`: all that the benchmark's tables are made from."""
+        """`CELL`: all that the benchmark's tables are made from."""
         where = {"seconds": seconds, "device": str(self.device), "worker": self.name}
         record = {
             "cell": cell.to_json(),
+            "threads": self.task.threads,
             "members": members,
             "validation": dict(validation),
             "cost": dict(cost) | where,
         }
         if cell.final:
             record |= dict(scores)
-        folder.write_json("cell.json", record)
+        folder.write_json(CELL, record)
         return Result(
             id=cell.id,
             validation=dict(validation),
@@ -274,7 +275,7 @@ def read(folder: RunFolder, cell: Cell) -> dict[str, Any]:
         ValueError: it is missing or damaged.
     """
     own = folder_of(folder, cell)
-    record: dict[str, Any] = own.read_json("cell.json")
+    record: dict[str, Any] = own.read_json(CELL)
     if own.exists("shift.json"):
         record |= own.read_json("shift.json")
     return record

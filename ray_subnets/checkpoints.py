@@ -28,6 +28,8 @@ from ray_subnets.recipes import Stored
 
 CONFIG = "config.yaml"
 ENSEMBLE = "ensemble.json"
+CELL = "cell.json"
+"""in the folder of a benchmark's cell"""
 
 
 class WriteFailed(ValueError):

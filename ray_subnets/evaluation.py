@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ray_subnets import driver, members, metrics
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets import datasets, driver, members, metrics
+from ray_subnets.checkpoints import CELL, RunFolder
 
 _COMPARED = ("accuracy", "nll", "brier", "ece")
 
@@ -45,13 +45,20 @@ def evaluate(run: str | Path) -> Outcome:
     Raises:
         ValueError: not a finished run, damaged files, or its data is not here.
     """
-    folder = RunFolder.open(run, needs="result.json")
-    record = folder.read_json("result.json")
-    config = driver.config_of(folder)
+    of_benchmark = RunFolder(run).exists(CELL)
+    file = CELL if of_benchmark else "result.json"
+    folder = RunFolder.open(run, needs=file)
+    record = folder.read_json(file)
     ensemble = members.load(str(folder))
-    data = driver.load_data(config)
+    if of_benchmark:
+        options = dict(record["cell"]["data"])
+        data, wanted = datasets.load(options.pop("name"), **options), int(record["threads"])
+        record = {"ensemble": record}
+    else:
+        config = driver.config_of(folder)
+        data, wanted = driver.load_data(config), config.resources.threads
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.resources.threads)
+    torch.set_num_threads(wanted)
     try:
         with torch.no_grad():
             parts = [ensemble(images) for images in data.test.images.split(500)]
@@ -62,7 +69,7 @@ def evaluate(run: str | Path) -> Outcome:
         return Outcome(record["ensemble"]["test"], again)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder}/result.json: incomplete or of another version ({error}); "
+            f"{folder}/{file}: incomplete or of another version ({error}); "
             f"'ray-subnets resume {folder}' writes it again"
         ) from None
 

@@ -202,6 +202,8 @@ class Cell:
     """name and options, under `method`; or of our own methods all settings of a run, under `run`"""
     training: Training
     """of the column, for the whole budget"""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the data set"""
     final: bool = True
     """test data are looked at; else all is measured on validation data, to choose settings by"""
 

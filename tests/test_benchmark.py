@@ -18,7 +18,7 @@ from test_errors import must_say
 from tiny import numbers
 
 import ray_subnets
-from ray_subnets import baselines, benchmark, benchmarkfile, cells
+from ray_subnets import baselines, benchmark, benchmarkfile, cells, evaluation
 from ray_subnets.baselines.method import Bench, Method, Progress, Trained, of
 from ray_subnets.benchmarkfile import Benchmark
 from ray_subnets.cells import CellWorker
@@ -134,6 +134,7 @@ def test_a_cell_is_a_run_folder(whole: tuple[RunFolder, dict[str, Any]], row: st
     """Its ensemble loads and gives the recorded numbers."""
     folder, record = whole
     cell = next(c for c in record["cells"] if c["row"] == row and c["column"] == "decayed")
+    assert evaluation.evaluate(folder.root / "cells" / cell["id"]).difference < 1e-6
     ensemble = ray_subnets.load(folder.root / "cells" / cell["id"])
     data = benchmark.prepare(parse())["digits"]
     assert isinstance(data.test.images, torch.Tensor)
@@ -342,7 +343,7 @@ def test_the_command(command: Command, tmp_path: Path) -> None:
     place = str(tmp_path / "b")
     plan = command("benchmark", str(config), "--plan")
     assert plan.returncode == 0
-    assert "28 cells, 136 epochs" in plan.stdout
+    assert "28 cells, 128 epochs" in plan.stdout
     options = ["seeds=[0]", "rows=[independent]", "search={}", "--serial", "--out", place]
     first = command("benchmark", str(config), *options)
     assert first.returncode == 0, first.stderr

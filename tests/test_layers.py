@@ -15,18 +15,21 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 FLOORS = [
     ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
-    ["masks", "blurs", "shift"],
-    ["noisy", "sparse", "stochastic", "units", "streaming", "weather", "items", "blueprint"],
-    ["topology", "structured"],
+    ["masks", "blurs", "shift", "policy_recipes", "simulators"],
+    [
+        *["noisy", "sparse", "stochastic", "units", "streaming", "weather", "procgen_games"],
+        *["items", "blueprint"],
+    ],
+    ["topology", "structured", "envs"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "answers", "sources"],
+    ["datasets", "supervised", "answers", "sources", "models.actor_critic"],
     ["ensembles"],
-    ["storage", "trust_region", "outsiders"],
+    ["storage", "trust_region", "outsiders", "ppo", "policies"],
     ["checkpoints", "shifted"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -35,7 +38,7 @@ FLOORS = [
         *["baselines.batch_ensemble", "baselines.tree_net"],
         *["baselines.prune", "baselines.mother_nets"],
     ],
-    ["baselines.mimo", "baselines.free_tickets"],
+    ["baselines.mimo", "baselines.free_tickets", "baselines.swag"],
     ["baselines"],
     ["population", "summary", "groups"],
     ["config", "pools", "methods"],
@@ -72,7 +75,7 @@ FLOORS = [
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
 GROUND_FLOOR = [name for names in FLOORS[1:10] for name in names if name not in READERS]
-GROUND_FLOOR.append("trust_region")
+GROUND_FLOOR += ["trust_region", "ppo", "policies"]
 
 
 def modules() -> dict[str, Path]:
@@ -122,8 +125,12 @@ def test_ray_only_in_distributed(name: str) -> None:
 
 @pytest.mark.parametrize("name", GROUND_FLOOR)
 def test_the_ground_floor_opens_no_files(name: str) -> None:
-    """No paths, clocks, sockets or configuration under the loops (`supervised` times epochs)."""
-    allowed = {"supervised": {"time"}, "environment": {"pathlib", "subprocess", "datetime"}}
+    """No paths, clocks, sockets or configuration under the loops (two time their epochs)."""
+    allowed = {
+        "supervised": {"time"},
+        "ppo": {"time"},
+        "environment": {"pathlib", "subprocess", "datetime"},
+    }
     banned = {"pathlib", "os", "time", "datetime", "socket", "pydantic", "subprocess", "json"}
     roots = {n.split(".")[0] for n in imported(modules()[name])}
     assert not (roots & banned) - allowed.get(name, set())

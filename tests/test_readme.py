@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import configfile, models, sweepfile
+from ray_subnets import benchmarkfile, configfile, models, sweepfile
 from ray_subnets.checkpoints import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,11 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         sweep = sweepfile.load(str(path))
         assert sweep.name == path.stem
         assert sweepfile.parse(sweep.to_yaml(), "again").section == sweep.section
+        return
+    if path.stem.startswith("benchmark"):
+        benchmark = benchmarkfile.load(str(path))
+        assert benchmark.name == path.stem
+        assert benchmarkfile.parse(benchmark.to_yaml(), "again") == benchmark
         return
     settings = configfile.load(str(path))
     assert settings.name == path.stem

@@ -15,6 +15,7 @@ from ray_subnets.baselines.method import Bench, Method, Trained
 from ray_subnets.baselines.mimo import MIMO
 from ray_subnets.baselines.mother_nets import MotherNets
 from ray_subnets.baselines.prune import Prune
+from ray_subnets.baselines.swag import SWAG
 from ray_subnets.baselines.trajectory import SWA, FastGeometric, Snapshot
 from ray_subnets.baselines.tree_net import TreeNet
 
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "snapshot": Snapshot,
     "fge": FastGeometric,
     "swa": SWA,
+    "swag": SWAG,
     "batch_ensemble": BatchEnsemble,
     "mimo": MIMO,
     "tree_net": TreeNet,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -133,7 +133,10 @@ class SWA(Method):
         self._trunk(budget)
         return budget
 
-    def train(self, bench: Bench) -> Generator[Progress, None, Trained]:
+    def walk(
+        self, bench: Bench, collect: Callable[[nn.Module], None]
+    ) -> Generator[Progress, None, None]:
+        """Train for the whole budget; the network is shown after each epoch of the last part."""
         training, trunk = bench.training, self._trunk(bench.budget)
         model = self.network(bench.build, derive(bench.seed, "weights", 0)).to(bench.device)
         optimizer = supervised.make_optimizer(model, training)
@@ -152,7 +155,6 @@ class SWA(Method):
         yield from bench.fit(
             model, of(training, trunk), seed=seed, optimizer=optimizer, rate=trunk_rate
         )
-        mean = AveragedModel(model)
         for i in range(bench.budget - trunk):
             yield from bench.fit(
                 model,
@@ -161,9 +163,18 @@ class SWA(Method):
                 optimizer=optimizer,
                 rate=None if constant else level,
             )
-            mean.update_parameters(model)
+            collect(model)
+
+    def train(self, bench: Bench) -> Generator[Progress, None, Trained]:
+        model = self.network(bench.build, derive(bench.seed, "weights", 0)).to(bench.device)
+        mean = AveragedModel(model)  # the first network takes its place
+        yield from self.walk(bench, mean.update_parameters)
         averaged: nn.Module = mean.module
-        supervised.recompute_norm(
-            averaged, bench.batches(training.batch_size, derive(bench.seed, "norm"))
-        )
+        recompute_norm(averaged, bench)
         return Trained(networks=[averaged])
+
+
+def recompute_norm(model: nn.Module, bench: Bench) -> None:
+    """Batch-norm statistics of weights that were not trained, from one epoch of the bench's."""
+    batches = bench.batches(bench.training.batch_size, derive(bench.seed, "norm"))
+    supervised.recompute_norm(model, batches)

@@ -64,7 +64,11 @@ class Impala(nn.Module):
         self.hidden = nn.Linear(inputs * height * width, hidden)
         self.classifier = nn.Linear(hidden, num_classes)
 
+    def features(self, x: Tensor) -> Tensor:
+        """`(N, channels, H, W)` -> what the head sees, `(N, hidden)`."""
+        x = relu(self.stages(x)).flatten(1)
+        return relu(self.hidden(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """`(N, channels, H, W)` -> logits `(N, C)`."""
-        x = relu(self.stages(x)).flatten(1)
-        return self.classifier(relu(self.hidden(x)))
+        return self.classifier(self.features(x))

@@ -1,0 +1,119 @@
+"""The rollout loop against stepping the environments and running the policy alone, in one run.
+
+    python -m analysis.benchmarks.rollouts [--env procgen/coinrun] [--num-envs 64]
+
+The bound is what the two would take one after the other with nothing between them: steps of the
+environments with actions drawn beforehand, and the policy sampling actions for observations at
+hand. The loop does both, and keeps what is needed to learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from analysis.benchmarks.rounds import Measure, Ratios, medians
+from ray_subnets import ppo
+from ray_subnets.envs import Environments
+from ray_subnets.models import actor_critic
+from ray_subnets.policy_recipes import PPO, Env
+from ray_subnets.simulators import Simulator
+
+ROUNDS = 7
+
+
+def simulator_alone(simulator: Simulator, num_envs: int, steps: int) -> Measure:
+    """Seconds for `steps` in each environment."""
+    rng = np.random.default_rng(0)
+    simulator.reset()
+
+    def measure() -> float:
+        actions = rng.integers(simulator.num_actions, size=(steps, num_envs))
+        began = time.perf_counter()
+        for row in actions:
+            simulator.step(row)
+        return time.perf_counter() - began
+
+    return measure
+
+
+def policy_alone(
+    forward: ppo.Forward, envs: Environments, steps: int, device: torch.device
+) -> Measure:
+    """Seconds to answer `steps` times, from observations on the host to actions on the host."""
+    seen = envs.observations
+    assert seen is not None
+    noise = torch.zeros((envs.num_envs, envs.num_actions), device=device)
+
+    @torch.no_grad()
+    def measure() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            ppo.act(forward, torch.from_numpy(seen).to(device), noise)[0].cpu().numpy()
+        return time.perf_counter() - began
+
+    return measure
+
+
+def loop(
+    forward: ppo.Forward, envs: Environments, settings: PPO, device: torch.device
+) -> Callable[[], float]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def measure() -> float:
+        began = time.perf_counter()
+        ppo.collect(forward, envs, settings, generator, ppo.Episodes())
+        return time.perf_counter() - began
+
+    return measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--env", nargs="+", default=["CartPole-v1", "Acrobot-v1"])
+    parser.add_argument("--num-envs", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=128, help="of a rollout (default 128)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = PPO(num_steps=arguments.steps)
+    table = Ratios(f"Rollouts of {arguments.num_envs} environments x {arguments.steps} steps")
+    for id in arguments.env:
+        env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
+        envs = Environments(env, 0, gamma=settings.gamma)
+        image = len(envs.observation_shape) == 3
+        name, options = ("impala", {}) if image else ("mlp", {"hidden": [64, 64]})
+        model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, 0)
+        model.to(device)
+        envs.reset()
+
+        def forward(
+            x: torch.Tensor, model: actor_critic.ActorCritic = model
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, values = model(x)
+            return logits, values
+
+        stepping = simulator_alone(
+            Environments(env, 1).simulator, arguments.num_envs, arguments.steps
+        )
+        answering = policy_alone(forward, envs, arguments.steps, device)
+        rolling = loop(forward, envs, settings, device)
+        steps, answers, whole = medians(stepping, answering, rolling, rounds=ROUNDS)
+        actions = arguments.num_envs * arguments.steps
+        print(
+            f"{id}: {actions / whole:,.0f} steps/s; environments alone {actions / steps:,.0f}, "
+            f"policy alone {actions / answers:,.0f}"
+        )
+        table.add(f"{id}: both alone", "the loop", (steps + answers, whole), ">= 0.90")
+    table.show()
+
+
+if __name__ == "__main__":
+    main()

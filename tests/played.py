@@ -1,0 +1,75 @@
+"""Small environments whose answers can be worked out by hand; Gymnasium's, registered by id."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+_TICKS = itertools.count()
+
+
+class Corridor(gymnasium.Env[Any, Any]):
+    """From 0 to 3; action 1 walks on for a reward of 1, action 0 stays for nothing."""
+
+    observation_space = gymnasium.spaces.Box(-10, 10, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, bad: float | None = None, spontaneous: bool = False) -> None:
+        self._bad, self._spontaneous = bad, spontaneous
+
+    def _see(self) -> Any:
+        extra = next(_TICKS) if self._spontaneous else 0
+        return np.array([self._at, self._level % 10 + extra], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self._at, self._level = 0, seed or 0
+        return self._see(), {}
+
+    def step(self, action: Any) -> Any:
+        self._at += int(action)
+        reward = float(action)
+        if self._bad is not None and self._at == 2:
+            reward = self._bad
+        return self._see(), reward, self._at == 3, False, {}
+
+
+class Picture(Corridor):
+    """The same seen as a grey image of 5 x 4 pixels."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (5, 4), np.uint8)
+
+    def _see(self) -> Any:
+        return np.full((5, 4), 10 * self._at, np.uint8)
+
+
+class Graph(Corridor):
+    observation_space = gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)})
+
+
+class Steering(Corridor):
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Numbered(Corridor):
+    """Observations are numbers from 2 on, actions from 1 on."""
+
+    observation_space = gymnasium.spaces.Discrete(4, start=2)
+    action_space = gymnasium.spaces.Discrete(2, start=1)
+
+    def _see(self) -> Any:
+        return 2 + self._at
+
+    def step(self, action: Any) -> Any:
+        assert action in (1, 2)
+        return super().step(action - 1)
+
+
+for _name, _kind in (
+    *(("Corridor", Corridor), ("Picture", Picture), ("Graph", Graph)),
+    *(("Steering", Steering), ("Numbered", Numbered)),
+):
+    gymnasium.register(id=f"{_name}-v0", entry_point=_kind, max_episode_steps=5)

@@ -1,0 +1,314 @@
+"""PPO: each formula against numbers worked out by hand, exact resume, and that it learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ray_subnets import policies, ppo, spawning
+from ray_subnets.envs import Environments
+from ray_subnets.models import actor_critic
+from ray_subnets.policy_recipes import PPO, Env, Iteration
+from ray_subnets.recipes import ChildSpec, Training
+from ray_subnets.supervised import Diverged
+from ray_subnets.topology import Topology
+
+if find_spec("gymnasium"):
+    import played  # noqa: F401 (registers its environments)
+
+gymnasium_only = pytest.mark.skipif(not find_spec("gymnasium"), reason="gymnasium is not installed")
+procgen_only = pytest.mark.skipif(not find_spec("procgen"), reason="procgen is not installed")
+
+SMALL = PPO(total_steps=10 * 32 * 4, num_steps=32, num_minibatches=4, lr=1e-3, gamma=0.9)
+CART = Env(id="CartPole-v1", num_envs=4, frame_stack=2)
+SMALL_GAME = Env(id="procgen/coinrun", num_envs=3, num_levels=2, frame_stack=2)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    CART.id: ("mlp", {"hidden": [16], "activation": "tanh"}),
+    SMALL_GAME.id: ("impala", {"channels": [4, 4], "hidden": 16}),
+}
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def test_advantages_as_worked_out_by_hand() -> None:
+    rewards, values = column(1.0, 0.0, 2.0), column(0.5, 1.0, 2.0)
+    last = torch.tensor([3.0])
+    never = torch.zeros(3, 1, dtype=torch.bool)
+    advantages, returns = ppo.gae(rewards, values, never, last, gamma=0.9, lam=0.8)
+    # Deltas 1.4, 0.8, 2.7; each advantage adds 0.72 times the next.
+    torch.testing.assert_close(advantages, column(1.4 + 0.72 * 2.744, 0.8 + 0.72 * 2.7, 2.7))
+    torch.testing.assert_close(returns, advantages + values)
+    second = torch.tensor([[False], [True], [False]])
+    advantages, _ = ppo.gae(rewards, values, second, last, gamma=0.9, lam=0.8)
+    # Nothing follows the second step: its delta is 0 - 1.
+    torch.testing.assert_close(advantages, column(1.4 - 0.72, -1.0, 2.7))
+    # Lambda of 1: discounted sums of rewards.
+    _, returns = ppo.gae(rewards, values, never, last, gamma=0.9, lam=1.0)
+    torch.testing.assert_close(returns[0], torch.tensor([1 + 0.81 * 2 + 0.729 * 3]))
+
+
+def test_environments_do_not_mix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(7, 3, generator=generator) for _ in range(2))
+    ended = torch.rand(7, 3, generator=generator) < 0.3
+    last = torch.randn(3, generator=generator)
+    together, _ = ppo.gae(rewards, values, ended, last, gamma=0.9, lam=0.8)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone, _ = ppo.gae(
+            *(rewards[:, one], values[:, one], ended[:, one], last[one]), gamma=0.9, lam=0.8
+        )
+        assert torch.equal(alone, together[:, one])
+
+
+def test_losses_as_worked_out_by_hand() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # p = (1/4, 3/4) and (1/2, 1/2)
+    one = ppo.losses(
+        logits,
+        values=torch.tensor([1.0, 0.1]),
+        actions=torch.tensor([1, 0]),
+        old_log_probs=torch.tensor([0.5, 0.25]).log(),  # ratios 1.5 and 2
+        old_values=torch.tensor([0.5, 0.0]),
+        advantages=torch.tensor([2.0, -1.0]),
+        returns=torch.tensor([2.0, 0.0]),
+        clip=0.2,
+    )
+    # min(3, 1.2 x 2) and min(-2, -1.2): a ratio that went the wrong way is not clipped.
+    assert float(one.policy) == pytest.approx(-(2.4 - 2.0) / 2)
+    # max((1 - 2)^2, (0.7 - 2)^2) and 0.1^2, which is within the clip.
+    assert float(one.value) == pytest.approx(0.5 * (1.69 + 0.01) / 2)
+    first = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert float(one.entropy) == pytest.approx((first + math.log(2)) / 2)
+    assert float(one.approx_kl) == pytest.approx((0.5 - math.log(1.5) + 1 - math.log(2)) / 2)
+    assert float(one.clip_fraction) == 1.0
+
+
+def test_clipped_samples_have_no_gradient() -> None:
+    logits = torch.zeros(2, 2, requires_grad=True)
+    one = ppo.losses(
+        logits,
+        values=torch.zeros(2),
+        actions=torch.tensor([0, 0]),
+        old_log_probs=torch.tensor([0.25, 0.5]).log(),  # ratios 2 and 1
+        old_values=torch.zeros(2),
+        advantages=torch.ones(2),
+        returns=torch.zeros(2),
+        clip=0.2,
+    )
+    one.policy.backward()
+    assert logits.grad is not None
+    assert logits.grad[0].abs().sum() == 0
+    # d ratio / d logit = p (1 - p) / p_old = 1/2, of two samples.
+    torch.testing.assert_close(logits.grad[1], torch.tensor([-0.25, 0.25]))
+
+
+def test_advantages_of_a_minibatch_have_mean_0_and_deviation_1() -> None:
+    torch.testing.assert_close(
+        ppo.normalized(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([-1.0, 0.0, 1.0])
+    )
+
+
+def test_sampling_follows_the_policy() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
+    noise = torch.empty(20_000, 3).exponential_(generator=torch.Generator().manual_seed(0))
+    actions, log_probs, _ = ppo.act(lambda x: (x, x[:, 0]), logits, -noise.log())
+    shares = torch.bincount(actions, minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.012, rtol=0)
+    assert log_probs[0] == logits.log_softmax(1)[0, actions[0]]
+
+
+def make(
+    env: Env, settings: PPO, seed: int = 0
+) -> tuple[actor_critic.ActorCritic, Environments, torch.optim.Optimizer]:
+    envs = Environments(env, seed, gamma=settings.gamma if settings.normalize_reward else None)
+    name, options = MODELS[env.id]
+    model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, seed)
+    return model, envs, ppo.make_optimizer(model, settings)
+
+
+def numbers(report: Iteration) -> Iteration:
+    return replace(report, seconds=0.0, rollout_seconds=0.0)
+
+
+@gymnasium_only
+def test_what_is_cut_off_did_not_end_for_the_critic() -> None:
+    """Staying put is never rewarded, but after five steps a value of 2 is still to come."""
+    envs = Environments(Env(id="Corridor-v0", num_envs=1, frame_stack=1), 0)
+    envs.reset()
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[50.0, 0.0]]).expand(len(x), 2), torch.full((len(x),), 2.0)
+
+    episodes, settings = ppo.Episodes(), replace(SMALL, num_steps=7)
+    rollout = ppo.collect(forward, envs, settings, torch.Generator(), episodes)
+    assert rollout.rewards.squeeze(1).tolist() == pytest.approx([0, 0, 0, 0, 0.9 * 2, 0, 0])
+    assert rollout.ended.squeeze(1).tolist() == [False] * 4 + [True] + [False] * 2
+    assert (episodes.returns, episodes.lengths) == ([0.0], [5])
+    assert rollout.last.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param(CART, marks=gymnasium_only, id="cartpole"),
+        pytest.param(SMALL_GAME, marks=procgen_only, id="coinrun"),
+    ],
+)
+def test_killed_and_resumed_equals_unkilled_bit_for_bit(env: Env) -> None:
+    settings = replace(SMALL, total_steps=6 * 32 * env.num_envs, anneal_lr=True)
+    model, envs, optimizer = make(env, settings)
+    whole = [numbers(r) for r in ppo.train(model, envs, settings, optimizer, seed=5)]
+    other, envs, optimizer = make(env, settings)
+    first = []
+    for report in ppo.train(other, envs, settings, optimizer, seed=5):
+        first.append(numbers(report))
+        if report.iteration == 3:
+            break
+    state = {k: v.clone() for k, v in ppo.training_state(other, optimizer, envs).items()}
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    third, envs, optimizer = make(env, settings, seed=0)
+    nn.init.zeros_(next(third.parameters()))
+    said: list[str] = []
+    ppo.restore_training_state(third, optimizer, envs, state, said.append)
+    rest = ppo.train(third, envs, settings, optimizer, seed=5, start_iteration=3)
+    assert first + [numbers(r) for r in rest] == whole
+    assert not said
+    assert len(whole) == 6
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, third.state_dict()[name]), name
+
+
+@gymnasium_only
+def test_passes_stop_where_the_policy_has_moved_far_enough() -> None:
+    def passes(target: float | None) -> list[int]:
+        settings = replace(SMALL, target_kl=target, lr=3e-3, update_epochs=4)
+        model, envs, optimizer = make(CART, settings)
+        return [r.passes for r in ppo.train(model, envs, settings, optimizer)]
+
+    assert set(passes(None)) == {4}
+    assert set(passes(0.0)) == {1}
+    assert 10 < sum(passes(0.003)) < 40
+
+
+@gymnasium_only
+def test_a_network_that_learns_too_fast_has_diverged() -> None:
+    settings = replace(SMALL, lr=1e30)
+    model, envs, optimizer = make(CART, settings)
+    with pytest.raises(Diverged, match="policy: a loss is not finite in iteration 1; lower its lr"):
+        list(ppo.train(model, envs, settings, optimizer))
+
+
+@gymnasium_only
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"total_steps": 100}, r"ppo\.total_steps: 100 is less than one rollout, 128"),
+        ({"num_minibatches": 65}, r"ppo\.num_minibatches: 65 of 128 samples"),
+    ],
+)
+def test_a_rollout_that_cannot_be_learnt_from_is_one_line(
+    change: dict[str, Any], words: str
+) -> None:
+    settings = replace(SMALL, **change)
+    model, envs, optimizer = make(CART, settings)
+    with pytest.raises(ValueError, match=words):
+        next(ppo.train(model, envs, settings, optimizer))
+
+
+@gymnasium_only
+def test_a_network_that_does_not_take_the_observations_is_one_line() -> None:
+    with pytest.raises(ValueError, match="IMPALA needs images") as caught:
+        actor_critic.build("impala", (8,), 2, {}, 0)
+    assert "\n" not in str(caught.value)
+
+
+def child(method: str, **options: Any) -> ChildSpec:
+    return ChildSpec(
+        id="child",
+        method=method,
+        seed=1,
+        density=0.5,
+        draw="exact",  # type: ignore[arg-type]
+        training=Training(epochs=10),
+        **options,
+    )
+
+
+def tuned(spec: ChildSpec, settings: PPO) -> tuple[dict[str, torch.Tensor], Topology]:
+    model, envs, optimizer = make(CART, settings)
+    parent = {name: tensor.clone() for name, tensor in model.actor.state_dict().items()}
+    body = spawning.anatomy(model.actor, spec, envs.observation_shape)
+    made = spawning.spawn_weights(parent, body, spec)
+    model.actor.load_state_dict(made.weights)
+    topology = spawning.topology(spec, made.subnetwork, body, dict(model.actor.named_parameters()))
+    assert topology is not None
+    reports = list(ppo.train(model, envs, settings, optimizer, topology=topology))
+    assert len(reports) == 10
+    after = {name: tensor.clone() for name, tensor in model.actor.state_dict().items()}
+    assert any(not torch.equal(after[name], made.weights[name]) for name in after)
+    return after, topology
+
+
+@gymnasium_only
+@pytest.mark.parametrize(
+    "spec",
+    [
+        child("sparse"),
+        child("stochastic", tau=0.5, anneal_epochs=5.0),
+    ],
+    ids=["sparse", "stochastic"],
+)
+def test_children_keep_their_subnetwork_while_ppo_tunes_them(spec: ChildSpec) -> None:
+    after, topology = tuned(spec, SMALL)
+    for name, mask in topology.masks.items():
+        assert (after[name][~mask] == 0).all()
+        assert (after[name][mask] != 0).all()
+
+
+@gymnasium_only
+def test_mixed_precision_learns_on_and_keeps_float32_weights() -> None:
+    settings = replace(SMALL, precision="bfloat16")
+    model, envs, optimizer = make(CART, settings)
+    reports = list(ppo.train(model, envs, settings, optimizer))
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    plain, envs, optimizer = make(CART, SMALL)
+    others = list(ppo.train(plain, envs, SMALL, optimizer))
+    assert numbers(reports[0]) != numbers(others[0])
+    assert reports[0].entropy == pytest.approx(others[0].entropy, abs=0.02)
+
+
+@gymnasium_only
+def test_it_learns_to_balance_a_pole() -> None:
+    """A random policy keeps it up for some 22 steps, this network untrained for fewer than 100."""
+    settings = PPO(
+        total_steps=64_000,
+        num_steps=128,
+        num_minibatches=4,
+        update_epochs=8,
+        lr=2e-3,
+        gamma=0.99,
+        ent_coef=0.0,
+        target_kl=None,
+        normalize_reward=False,
+        anneal_lr=True,
+    )
+    env = Env(id="CartPole-v1", num_envs=16, frame_stack=1)
+    envs = Environments(env, 0)
+    model = actor_critic.build("mlp", (4,), 2, {"hidden": [64, 64], "activation": "tanh"}, 0)
+    policy = policies.Ensemble([model.actor])
+
+    def mean() -> float:
+        return float(policies.play(policy, env, seed=99, how="argmax").returns.mean())
+
+    assert mean() < 100
+    for _ in ppo.train(model, envs, settings, ppo.make_optimizer(model, settings), seed=0):
+        pass
+    assert mean() > 300
