@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ray_subnets import blueprint, configfile, driver, members, models, sources
+from ray_subnets import configfile, driver, members, networks, sources
 from ray_subnets import progress as progress_
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
@@ -36,8 +36,6 @@ from ray_subnets.methods import Method, groups_of, training
 from ray_subnets.pools import SerialPool
 from ray_subnets.population import Worker
 from ray_subnets.recipes import Training
-from ray_subnets.sources import Source
-from ray_subnets.stored import load_weights
 
 _WEIGHTS, _GIVEN = "given.safetensors", "given.json"
 
@@ -117,7 +115,7 @@ def ensemble(
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(),
         ...                           torch.nn.Linear(32, 3))
         >>> x, y = torch.randn(96, 4), torch.arange(96) % 3
-        >>> some = ensemble(net, (x, y), (x, y), method=Noisy(sigma=0.1), children=4)
+        >>> some = ensemble(net, (x, y), (x, y), method=rs.Noisy(sigma=0.1), children=4)
         >>> some(x[:5]).shape
         torch.Size([5, 3])
     """
@@ -132,7 +130,10 @@ def ensemble(
     }
     if test is not None:
         given["test"] = sources.source("test", test, keep=True)
-    network, weights, named, classes = _network(model, given["val"], preprocess, architecture)
+    labelled = max(int(one.split.labels.max()) for one in given.values()) + 1
+    network, weights, name, classes = networks.examined(
+        model, given["val"], labelled, preprocess, architecture
+    )
     data = sources.assemble(
         given["train"],
         given["val"],
@@ -148,7 +149,7 @@ def ensemble(
             "name": "ensemble",
             "seed": seed,
             "data": {"name": "given"},
-            "model": named,
+            "model": name,
             "parent": _trained("parent", parent, size) or {"epochs": 0},
             "children": groups_of(method, children, _trained("tune", tune, size)),
             "select": {"count": select} if isinstance(select, int) else dict(select or {}),
@@ -182,90 +183,6 @@ def _device(device: str | torch.device | None, default: torch.device) -> torch.d
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {device!r} cannot be used ({reason})") from None
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
-
-
-def _network(
-    model: Any,
-    val: Source,
-    preprocess: Preprocess | None,
-    architecture: str | Mapping[str, Any] | None,
-) -> tuple[Blueprint | None, dict[str, Tensor] | None, dict[str, Any], int]:
-    """What is built, the weights that it begins with, its name, and its number of classes."""
-    if isinstance(model, str | Mapping):
-        if architecture is not None:
-            raise ValueError("architecture: the model is given by name already; leave it out")
-        return None, None, _named(model, "model"), int(val.split.labels.max()) + 1
-    model = blueprint.check(model)
-    network = Blueprint.of(model)
-    weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    trial = network.build()
-    try:
-        trial.load_state_dict(weights)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model: plain tensors are not enough to load its weights again ({reason})"
-        ) from None
-    images = val.split.images[torch.arange(min(2, len(val.split)))]
-    inputs = next(iter(images.split(2))).cpu()
-    if preprocess is not None or inputs.is_floating_point():
-        inputs = (preprocess or Preprocess())(inputs)
-    classes = _classes(trial, inputs.float())
-    if architecture is None:
-        kind = {"name": models.GIVEN, "type": blueprint.describe(model)}
-        return network, weights, kind, classes
-    named = _named(architecture, "architecture")
-    options = {key: value for key, value in named.items() if key != "name"}
-    try:
-        built = models.build(named["name"], inputs.shape[1:], classes, options, seed=0)
-        load_weights(built, weights, "the model's")
-    except ValueError as error:
-        text = str(error).removeprefix("model: ")
-        raise ValueError(f"architecture: {text}") from None
-    with torch.no_grad():
-        if not torch.equal(built.eval()(inputs), models.in_fast_format(trial)(inputs)):
-            raise ValueError(
-                f"architecture: {named['name']} with the model's weights gives other outputs than "
-                "the model"
-            )
-    return network, weights, named, classes
-
-
-def _named(value: Any, argument: str) -> dict[str, Any]:
-    found = {"name": value} if isinstance(value, str) else dict(value)
-    if not isinstance(found.get("name"), str):
-        raise ValueError(f"{argument}: must be a name, or a mapping with a name and options")
-    return found
-
-
-@torch.no_grad()
-def _classes(model: nn.Module, inputs: Tensor) -> int:
-    """Outputs of a network, in evaluation mode.
-
-    Raises:
-        ValueError: it does not take these inputs, or gives something else than `(N, C)`.
-    """
-    try:
-        output = model.eval()(inputs)
-    except Exception as error:  # whatever a stranger's forward raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"model: it does not take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
-        ) from None
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(inputs):
-        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"model: it gives {what} for {len(inputs)} inputs; it must return logits "
-            f"({len(inputs)}, C)"
-        )
-    if output.shape[1] < 2:
-        raise ValueError(
-            "model: it has a single output; only classifiers with two or more classes can be made "
-            "into ensembles, not regression"
-        )
-    if not output.isfinite().all():
-        raise ValueError("model: it gives NaN or infinite outputs for the first validation samples")
-    return output.shape[1]
 
 
 def _trained(argument: str, value: Any, batch_size: int | None) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ray_subnets import configfile, members, metrics
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.ensembles import Ensemble, Running, combine, greedy, right_class
+from ray_subnets.combining import Running, combine, greedy, right_class
+from ray_subnets.ensembles import Ensemble
 from ray_subnets.groups import Section
 from ray_subnets.recipes import NonNegative, Positive
 

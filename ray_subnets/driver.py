@@ -17,9 +17,9 @@ from torch import nn
 from ray_subnets import configfile, datasets, environment, members, models
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.combining import greedy, right_class
 from ray_subnets.config import Config
 from ray_subnets.data import Data
-from ray_subnets.ensembles import greedy, right_class
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.pools import Pool

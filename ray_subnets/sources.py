@@ -234,9 +234,3 @@ def digest(data: Data) -> str:
         if isinstance(images, Tensor):
             total.update(images.contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-def some(data: Data, count: int = 2) -> Tensor:
-    """The first network inputs of the validation split, `(count, *shape)`."""
-    images = data.validation.images[torch.arange(min(count, len(data.validation)))]
-    return data.preprocess(next(iter(images.split(count))))

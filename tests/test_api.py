@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import re
 from pathlib import Path
@@ -344,3 +345,11 @@ def test_a_mistake_is_one_line_that_names_the_argument(
 def test_an_unknown_setting_is_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"Sparse.sparsty: unknown setting; did you mean sparsity"):
         rs.Sparse(sparsty=0.5)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    scope = {"ensemble": rs.ensemble, "rs": rs, "torch": torch}
+    (example,) = doctest.DocTestFinder().find(rs.ensemble, "ensemble", globs=scope)
+    assert len(example.examples) == 4
+    example.examples[2].source = example.examples[2].source.replace("n=4)", "n=4, progress=False)")
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import ray_subnets as rs
 from ray_subnets import cascade, metrics
 from ray_subnets.cascade import NEVER, Cascade, Point
-from ray_subnets.ensembles import Ensemble, combine
+from ray_subnets.combining import combine
+from ray_subnets.ensembles import Ensemble
 
 
 class Fixed(nn.Module):
