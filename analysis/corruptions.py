@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ray_subnets import datasets
 from ray_subnets.corruptions import EXTRA, NAMES, SEVERITIES, splits
+from ray_subnets.items import Items
 from ray_subnets.streaming import ImageFiles
 
 
@@ -49,7 +50,7 @@ def draw(name: str, row: int, path: str, root: str | None = None, seed: int = 0)
     plt.close(figure)
 
 
-def _show(axis: Axes, images: Tensor | ImageFiles) -> None:
+def _show(axis: Axes, images: Tensor | ImageFiles | Items) -> None:
     image = next(iter(images.split(1)))[0]
     axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
 

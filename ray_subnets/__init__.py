@@ -1,6 +1,7 @@
 """Subnetwork ensembles: one trained parent in, one calibrated ensemble out.
 
     import ray_subnets as rs
+    ensemble = rs.ensemble(model, (x, y), (x_val, y_val), method=rs.Noisy(sigma=0.02), children=8)
     ensemble = rs.load("runs/quickstart")      # an nn.Module
     probabilities = ensemble(images)           # (N, C)
 
@@ -13,11 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_subnets.api import ensemble as ensemble
+    from ray_subnets.cascade import Cascade as Cascade
+    from ray_subnets.cascade import load_cascade as load_cascade
     from ray_subnets.data import Data as Data
     from ray_subnets.data import Preprocess as Preprocess
     from ray_subnets.data import Split as Split
-    from ray_subnets.ensemble import Ensemble as Ensemble
+    from ray_subnets.ensembles import Ensemble as Ensemble
     from ray_subnets.members import load as load
+    from ray_subnets.methods import Noisy as Noisy
+    from ray_subnets.methods import OneCycle as OneCycle
+    from ray_subnets.methods import Sparse as Sparse
+    from ray_subnets.methods import Stochastic as Stochastic
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
@@ -27,14 +35,21 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {
+    "Cascade": "cascade",
     "ChildResult": "recipes",
     "ChildSpec": "recipes",
     "Data": "data",
-    "Ensemble": "ensemble",
+    "Ensemble": "ensembles",
+    "Noisy": "methods",
+    "OneCycle": "methods",
     "Preprocess": "data",
+    "Sparse": "methods",
     "Split": "data",
+    "Stochastic": "methods",
     "Training": "recipes",
+    "ensemble": "api",
     "load": "members",
+    "load_cascade": "cascade",
     "solve_sigma": "trust_region",
     "spawn": "spawning",
 }

@@ -27,6 +27,7 @@ from ray_subnets import storage
 from ray_subnets.recipes import Stored
 
 CONFIG = "config.yaml"
+ENSEMBLE = "ensemble.json"
 CELL = "cell.json"
 """in the folder of a benchmark's cell"""
 
@@ -107,8 +108,11 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def open(root: str | Path, *, needs: str = CONFIG) -> RunFolder:
+    def open(root: str | Path, *, needs: str = CONFIG, saved: bool = False) -> RunFolder:
         """An existing run folder.
+
+        Args:
+            saved: a folder with the file `needs` is enough: it may be an ensemble that was saved.
 
         Raises:
             ValueError: no such folder, or it lacks the file `needs`.
@@ -116,6 +120,8 @@ class RunFolder:
         folder = RunFolder(root)
         if folder._state("RUN") in ("absent", "file"):
             raise ValueError(f"RUN: no such folder: {root}")
+        if saved and folder.exists(needs):
+            return folder
         if not folder.exists(CONFIG):
             raise ValueError(f"RUN: {root} is not a run folder (no {CONFIG} in it)")
         if not folder.exists(needs):
@@ -197,14 +203,27 @@ class RunFolder:
     def _unwritable(self, name: str, error: OSError) -> WriteFailed:
         return WriteFailed(
             f"{self.path(name)}: cannot be written ({storage.reason(error)}); make room or mend "
-            f"it, then 'ray-subnets resume {self}'"
+            f"it, then {self._again('save it again', '{}')}"
         )
 
     def _unreadable(self, name: str, error: OSError) -> ValueError:
         return ValueError(
             f"{self.path(name)}: cannot be read ({storage.reason(error)}); restore it from a copy, "
-            f"or make it again with 'ray-subnets resume {self}'"
+            f"or {self._again()}"
         )
+
+    def _again(self, saved: str = "save it again", run: str = "make it again with {}") -> str:
+        """How a file comes back: a saved ensemble is no run that could be resumed."""
+        try:
+            state = self._place.size(CONFIG) is None and self._place.size(ENSEMBLE) is not None
+        except OSError:
+            state = False
+        return saved if state else run.format(f"'ray-subnets resume {self}'")
+
+    @property
+    def mend(self) -> str:
+        """The same for `ensemble.json`, as the end of a message."""
+        return self._again("save the ensemble again", "{} writes it again")
 
     def read(self, file: str | Stored) -> bytes:
         """The bytes of a file; if `file` says what its hash is, they have that hash.
@@ -215,8 +234,7 @@ class RunFolder:
         name = file.file if isinstance(file, Stored) else file
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(
-                f"{self.path('ensemble.json')}: {name!r} points out of the run folder; "
-                f"'ray-subnets resume {self}' writes it again"
+                f"{self.path('ensemble.json')}: {name!r} points out of the run folder; {self.mend}"
             )
         try:
             content = self._place.read(name)
@@ -225,7 +243,7 @@ class RunFolder:
         if isinstance(file, Stored) and hashlib.sha256(content).hexdigest() != file.sha256:
             raise ValueError(
                 f"{self.path(name)}: damaged or changed since it was written (SHA-256 differs); "
-                f"restore it from a copy, or make it again with 'ray-subnets resume {self}'"
+                f"restore it from a copy, or {self._again()}"
             )
         return content
 
@@ -243,8 +261,15 @@ class RunFolder:
     # --- tensors ---
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Stored:
-        """Write tensors of any device as safetensors."""
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        """Write tensors of any device as safetensors; those that share memory are written twice."""
+        plain: dict[str, Tensor] = {}
+        places = set()
+        for key, tensor in tensors.items():
+            plain[key] = tensor.detach().cpu().contiguous()
+            place = plain[key].untyped_storage().data_ptr()
+            if place in places and plain[key].numel():
+                plain[key] = plain[key].clone()
+            places.add(place)
         return self.write(name, safetensors.torch.save(plain))
 
     def load_tensors(self, file: str | Stored) -> dict[str, Tensor]:

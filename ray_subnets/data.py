@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ray_subnets.items import Items
 from ray_subnets.recipes import derive
 from ray_subnets.streaming import ImageFiles, Sample
 
 
 @dataclass(frozen=True)
 class Split:
-    """`images` `(N, *shape)`, uint8 or floating point, or files of them; `labels` `(N,)` int64."""
+    """`images` `(N, *shape)`: uint8 or floating point, or files of them, or samples of a torch data
+    set; `labels` `(N,)` int64."""
 
-    images: Tensor | ImageFiles
+    images: Tensor | ImageFiles | Items
     labels: Tensor
 
     def __len__(self) -> int:
@@ -76,12 +78,9 @@ class Data:
         return tuple(self.train.images.shape[1:])
 
     def to(self, device: torch.device) -> Data:
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-        )
+        validation = self.validation.to(device)
+        test = validation if self.test is self.validation else self.test.to(device)
+        return replace(self, train=self.train.to(device), validation=validation, test=test)
 
 
 def check_split(name: str, split: Split, num_classes: int | None = None) -> None:
@@ -217,10 +216,10 @@ class Batches:
         train = self.data.train
         shuffle = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
         order = torch.randperm(len(train), generator=shuffle)
-        if isinstance(train.images, ImageFiles):
-            inputs = self._decoded(train.images, order, epoch)
-        else:
+        if isinstance(train.images, Tensor):
             inputs = self._augmented(train.images, order, epoch)
+        else:
+            inputs = self._decoded(train.images, order, epoch)
         for index, x in zip(
             order.to(train.images.device).split(self.batch_size), inputs, strict=True
         ):
@@ -241,8 +240,8 @@ class Batches:
                 x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
             yield self.data.preprocess(x)[self.rank :: self.world]
 
-    def _decoded(self, images: ImageFiles, order: Tensor, epoch: int) -> Iterator[Tensor]:
-        """This rank's inputs, from files: a seed for each position, and no other rank's images."""
+    def _decoded(self, images: ImageFiles | Items, order: Tensor, epoch: int) -> Iterator[Tensor]:
+        """This rank's inputs, read when needed: a seed for each position, no other rank's."""
 
         def share(start: int, rows: Tensor) -> list[Sample]:
             mine = list(enumerate(rows.tolist(), start))[self.rank :: self.world]

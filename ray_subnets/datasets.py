@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
 from ray_subnets.imagefolders import Reader, View, read_folders, read_imagenet
+from ray_subnets.items import Items
 from ray_subnets.models import import_path
 from ray_subnets.streaming import ImageFiles
 
@@ -65,7 +66,7 @@ def hold_out(split: Split, count: int, seed: int, name: str = "training") -> tup
     return split.take(order[count:].sort().values), split.take(order[:count].sort().values)
 
 
-def statistics(images: Tensor | ImageFiles) -> Preprocess:
+def statistics(images: Tensor | ImageFiles | Items) -> Preprocess:
     """Per-channel mean and standard deviation of uint8 images `(N, C, ...)`, scaled to [0, 1]."""
     assert isinstance(images, Tensor), "files come with their mean and standard deviation"
     if images.is_floating_point():

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from ray_subnets import configfile, datasets, environment, members, models
+from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.combining import greedy, right_class
 from ray_subnets.config import Config
 from ray_subnets.data import Data
-from ray_subnets.ensemble import greedy, right_class
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.pools import Pool
@@ -58,6 +59,16 @@ def build(config: Config, data: Data) -> nn.Module:
         seed=0,
         channels_last=config.resources.channels_last,
     )
+    check(config, data, model)
+    return model
+
+
+def check(config: Config, data: Data, model: nn.Module) -> None:
+    """Do the recipes fit the network and the data?
+
+    Raises:
+        ValueError: there is nothing in it to mask, or no such divergence.
+    """
     for job in config.solve_jobs():
         check_target(job.kl_target, data.num_classes)
     seen = set()
@@ -66,7 +77,6 @@ def build(config: Config, data: Data) -> nn.Module:
         if key not in seen:
             seen.add(key)
             anatomy(model, spec, data.input_shape)
-    return model
 
 
 def jobs(config: Config) -> list[RunJob]:
@@ -81,13 +91,22 @@ def jobs(config: Config) -> list[RunJob]:
     ]
 
 
-def prepare(config: Config, data: Data, folder: RunFolder) -> Cost:
+def prepare(
+    config: Config, data: Data, folder: RunFolder, network: Blueprint | None = None
+) -> Cost:
     """Check that the run can be done, and write what does not depend on it.
+
+    Args:
+        network: the run's network, if it is not built by name.
 
     Raises:
         ValueError: the network does not fit.
     """
-    cost = forward_cost(build(config, data), data.input_shape)
+    if network is None:
+        model = build(config, data)
+    else:
+        check(config, data, model := network.build())
+    cost = forward_cost(model, data.input_shape)
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}
@@ -155,7 +174,6 @@ def steps(
             decisions = joined(decisions, trace)
         if not any(decision.selected for decision in decisions):
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
-        members.write(config, data, folder, specs, results, decisions)
         start = min(result.started for result in results.values())
         record = summarise(
             folder,
@@ -168,6 +186,8 @@ def steps(
             cost=cost,
             times={"start": start, "wall_seconds": busy_seconds(results.values())},
         )
+        temperature = record["ensemble"]["test"]["temperature"]
+        members.write(config, data, folder, specs, results, decisions, temperature)
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
         if config.solve_jobs():

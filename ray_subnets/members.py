@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from ray_subnets import baselines, configfile, models
+from ray_subnets import baselines, blueprint, configfile, models
 from ray_subnets.baselines.method import Method
-from ray_subnets.checkpoints import RunFolder
+from ray_subnets.blueprint import Blueprint
+from ray_subnets.checkpoints import ENSEMBLE, RunFolder
 from ray_subnets.config import Config, ModelSection
 from ray_subnets.data import Data, Preprocess
-from ray_subnets.ensemble import Ensemble
+from ray_subnets.ensembles import Ensemble, Members
 from ray_subnets.groups import Section
-from ray_subnets.recipes import ChildSpec, Result, Stored
+from ray_subnets.recipes import ChildSpec, Positive, Result, Stored
 from ray_subnets.selection import Decision, share_of
 from ray_subnets.stored import load_weights, needs_parent, restore
 
@@ -41,6 +43,8 @@ class Kind(Section):
     num_classes: Annotated[int, Field(ge=2)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels_last: bool = True
+    """memory format of networks that are not built by name"""
 
 
 class EnsembleRecord(Kind):
@@ -52,6 +56,8 @@ class EnsembleRecord(Kind):
     parent: Stored
     parent_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     members: Annotated[tuple[MemberRecord, ...], Field(min_length=1)]
+    temperature: Positive | None = None
+    """fitted on validation data to the members' common answer; not applied unless asked for"""
 
 
 class MethodRecord(Kind):
@@ -73,8 +79,13 @@ def write(
     specs: Sequence[ChildSpec],
     results: Mapping[str, Result],
     decisions: Sequence[Decision],
+    temperature: float | None = None,
 ) -> None:
-    """`ensemble.json`: all that `load` needs, with the hash of every file."""
+    """`ensemble.json`: all that `load` needs, with the hash of every file.
+
+    Args:
+        temperature: of the members' common answer.
+    """
     selected = {decision.id for decision in decisions if decision.selected}
     parent = results["parent"].weights
     assert parent
@@ -96,80 +107,187 @@ def write(
         parent=parent,
         parent_share=share_of(results["parent"].validation, config.select.by),
         members=tuple(members),
+        temperature=temperature,
+        channels_last=config.resources.channels_last,
     )
-    folder.write_json("ensemble.json", record.model_dump(mode="json"))
+    folder.write_json(ENSEMBLE, record.model_dump(mode="json"))
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> Ensemble:
-    """The ensemble of a finished run, ready to predict.
+@dataclass(frozen=True)
+class Saved:
+    """The folder that an ensemble was read from."""
+
+    folder: RunFolder
+    record: EnsembleRecord | MethodRecord
+    keep: Any = None
+    """lives as long as this does: a temporary folder goes when nobody needs it"""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
+        return self
+
+    def save(self, folder: str | Path, ids: Sequence[str], temperature: float | None) -> None:
+        """Copy the members `ids`, in this order, with all that they are made from.
+
+        Raises:
+            ValueError: the folder is in use, or a file is missing or damaged.
+        """
+        record = self.record
+        if isinstance(record, EnsembleRecord):
+            record = _some(record, ids, temperature)
+            files = [member.weights for member in record.members]
+            files += [record.parent] if _needs_parent(record) else []
+        else:
+            files = list(record.networks)
+        try:
+            target = RunFolder.create(folder)
+        except ValueError as error:
+            reason = str(error).removeprefix("--out: ")
+            raise ValueError(f"save: {reason.split('; choose')[0]}; name a new folder") from None
+        for stored in files:
+            if stored is not None:
+                target.write(stored.file, self.folder.read(stored))
+        target.write_json(ENSEMBLE, record.model_dump(mode="json"))
+
+
+def _some(record: EnsembleRecord, ids: Sequence[str], temperature: float | None) -> EnsembleRecord:
+    """A record of these members only."""
+    members = {member.recipe.id: member for member in record.members}
+    order = tuple(members[id] for id in ids if id in members)
+    if not order:
+        raise ValueError("save: the parent alone is no ensemble; keep a child")
+    if "parent" in ids[1:]:
+        raise ValueError("save: the parent is kept as the first member; take the ids in that order")
+    return record.model_copy(
+        update={
+            "members": order,
+            "include_parent": "parent" in ids,
+            "temperature": temperature,
+        }
+    )
+
+
+def _needs_parent(record: EnsembleRecord) -> bool:
+    children = (needs_parent(member.recipe, member.weights) for member in record.members)
+    return record.include_parent or any(children)
+
+
+def load(
+    run: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    model: nn.Module | Blueprint | None = None,
+    on_demand: bool = False,
+    calibrated: bool = False,
+    keep: Any = None,
+) -> Ensemble:
+    """The ensemble of a finished run, or one that was saved, ready to predict.
 
     Args:
-        run: a run folder: a path, or a URI like `s3://bucket/runs/quickstart`.
+        run: a run folder or what `Ensemble.save` wrote: a path, or a URI like
+            `s3://bucket/runs/quickstart`.
+        model: for an ensemble of a network that was given in Python: a network of that kind. Its
+            weights do not matter and are not changed.
+        on_demand: make each member when it is asked, and drop it after: in memory there are the
+            parent and one child, whatever the number of members. Slower, by the time that it takes
+            to read (sparse, stochastic) or draw (noisy) a child.
+        calibrated: scale answers by the temperature that was fitted on validation data.
+        keep: an object to keep for as long as the ensemble may read the folder.
 
     Returns:
         A module in evaluation mode: inputs `(N, *shape)` -> probabilities `(N, C)`.
 
     Raises:
-        ValueError: not a finished run folder, or a file in it is damaged.
+        ValueError: not a finished run folder, a file in it is damaged, or `model` is needed.
 
     Example:
         >>> ensemble = load("runs/quickstart")  # doctest: +SKIP
         >>> ensemble(images).argmax(1)  # doctest: +SKIP
     """
-    folder = RunFolder.open(run, needs="ensemble.json")
-    source = f"{folder}/ensemble.json"
-    again = f"'ray-subnets resume {folder}' writes it again"
+    folder = RunFolder.open(run, needs=ENSEMBLE, saved=True)
+    source = f"{folder}/{ENSEMBLE}"
     try:
         record: EnsembleRecord | MethodRecord = TypeAdapter(Record).validate_json(
-            folder.read("ensemble.json"), strict=True
+            folder.read(ENSEMBLE), strict=True
         )
     except ValidationError as error:
-        raise ValueError(f"{configfile.one_line(error, source)}; {again}") from None
-
-    def build() -> nn.Module:
-        try:
-            name, options = record.model.name, record.model.options
-            return models.build(name, record.input_shape, record.num_classes, options, seed=0)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}; {again}") from None
-
+        raise ValueError(f"{configfile.one_line(error, source)}; {folder.mend}") from None
+    build = _builder(record, model, folder, source)
+    shares, how = None, "probabilities"
+    networks: Sequence[nn.Module] | Members
+    temperature = None
     if isinstance(record, MethodRecord):
-        networks = _of_method(record, folder, source, again, build)
-        ids, shares, how = [f"{i:03d}" for i in range(len(networks))], None, "probabilities"
+        networks = _of_method(record, folder, source, build)
+        ids = [f"{i:03d}" for i in range(len(networks))]
     else:
-        networks, ids, shares = _of_recipes(record, folder, source, build)
-        how = record.combine
+        ids = ["parent"] * record.include_parent + [m.recipe.id for m in record.members]
+        shares = [record.parent_share] * record.include_parent + [m.share for m in record.members]
+        how, temperature = record.combine, record.temperature
+        parent = folder.load_tensors(record.parent) if _needs_parent(record) else {}
+        make = partial(_member, record, folder, source, build, parent)
+        networks = Members(make, range(len(ids)))
+        if not on_demand:
+            networks = list(map(make, range(len(ids))))
     ensemble = Ensemble(
         networks,
         ids=ids,
         preprocess=Preprocess(record.mean, record.std),
         combine=how,
         weights=shares,
+        temperature=temperature,
+        calibrated=calibrated,
+        origin=Saved(folder, record, keep),
     )
+    if calibrated and temperature is None:
+        raise ValueError(f"calibrated: {source} has no temperature; use Ensemble.calibrate(x, y)")
     return ensemble.to(device).eval().requires_grad_(False)
 
 
-def _of_recipes(
-    record: EnsembleRecord, folder: RunFolder, source: str, build: Callable[[], nn.Module]
-) -> tuple[list[nn.Module], list[str], list[float]]:
-    """Members, their ids and shares: the parent, if it is one, and children."""
-    wanted = record.include_parent or any(needs_parent(m.recipe, m.weights) for m in record.members)
-    parent = folder.load_tensors(record.parent) if wanted else {}
-    members, ids, shares = [], [], []
-    if record.include_parent:
-        network = build()
+def _builder(
+    record: Kind, model: nn.Module | Blueprint | None, folder: RunFolder, source: str
+) -> Callable[[], nn.Module]:
+    """Makes networks of the right kind, of zeros, on the CPU."""
+    if model is not None and not isinstance(model, Blueprint):
+        model = Blueprint.of(blueprint.check(model))
+    if model is None:
+        name, options = record.model.name, record.model.options
+        if name == models.GIVEN:
+            kind = f"{options.get('type', 'a network')}"
+            raise ValueError(
+                f"{folder}: made of a network that was given in Python ({kind}), which this folder "
+                "cannot build; give load one of that kind, its weights do not matter: "
+                "load(..., model=...)"
+            )
+        try:
+            shape, classes = record.input_shape, record.num_classes
+            model = Blueprint.of(models.build(name, shape, classes, options, seed=0))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}; {folder.mend}") from None
+        return model.build
+    given = model
+
+    def build() -> nn.Module:
+        network = given.build()
+        return models.in_fast_format(network) if record.channels_last else network
+
+    return build
+
+
+def _member(
+    record: EnsembleRecord,
+    folder: RunFolder,
+    source: str,
+    build: Callable[[], nn.Module],
+    parent: Mapping[str, Tensor],
+    number: int,
+) -> nn.Module:
+    """One member: the parent, if it is one, comes first."""
+    network = build()
+    if number < record.include_parent:
         load_weights(network, parent, f"{source}: {record.parent.file}")
-        members.append(network)
-        ids.append("parent")
-        shares.append(record.parent_share)
-    for member in record.members:
-        shape = record.input_shape
-        members.append(
-            restore(folder, build(), parent, member.recipe, member.weights, source, shape)
-        )
-        ids.append(member.recipe.id)
-        shares.append(member.share)
-    return members, ids, shares
+        return network
+    member = record.members[number - record.include_parent]
+    shape = record.input_shape
+    return restore(folder, network, parent, member.recipe, member.weights, source, shape)
 
 
 def write_method(
@@ -194,16 +312,16 @@ def write_method(
         method=asdict(method),
         networks=tuple(files),
     )
-    folder.write_json("ensemble.json", record.model_dump(mode="json"))
+    folder.write_json(ENSEMBLE, record.model_dump(mode="json"))
 
 
 def _of_method(
     record: MethodRecord,
     folder: RunFolder,
     source: str,
-    again: str,
     build: Callable[[], nn.Module],
 ) -> list[nn.Module]:
+    again = folder.mend
     try:
         method = baselines.parse(record.method, source)
         networks = []

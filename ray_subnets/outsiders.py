@@ -8,7 +8,6 @@ from torch import Tensor
 from ray_subnets import datasets
 from ray_subnets.corruptions import rows_of
 from ray_subnets.data import Data
-from ray_subnets.streaming import ImageFiles
 
 EMBEDDED = ("digits", "patches")
 """always at hand, and made to fit any shape"""
@@ -69,7 +68,7 @@ def _test_images(name: str, root: str | None) -> Tensor:
         images = datasets.load(name, root=root).test.images
     except ValueError as error:
         raise ValueError(f"outsiders: cannot read {name}: {error}") from None
-    if isinstance(images, ImageFiles) or images.dtype != torch.uint8 or images.dim() != 4:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(
             f"outsiders: {name} has no uint8 images in memory; take another data set, for instance "
             f"{' or '.join(EMBEDDED)}"

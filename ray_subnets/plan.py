@@ -19,6 +19,7 @@ from ray_subnets.config import Config
 from ray_subnets.data import Data
 from ray_subnets.flat import flat_bytes
 from ray_subnets.flops import Cost, training_flops
+from ray_subnets.items import Items
 from ray_subnets.placement import Node, missing, places, share, spread
 from ray_subnets.recipes import ChildSpec, Fit, Solve, Training
 from ray_subnets.spawning import (
@@ -244,6 +245,7 @@ def _tensors(data: Data) -> dict[str, Tensor]:
     tensors = {}
     for name in ("train", "validation", "test"):
         images = getattr(data, name).images
+        assert not isinstance(images, Items), "settings name no such data"
         tensors[f"{name}.images"] = images.names if isinstance(images, ImageFiles) else images
         tensors[f"{name}.labels"] = getattr(data, name).labels
     return tensors

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ray_subnets.ensemble import combine
+from ray_subnets.combining import combine
 from ray_subnets.envs import Environments
 from ray_subnets.models.actor_critic import to_input
 from ray_subnets.policy_recipes import Env

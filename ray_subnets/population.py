@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import metrics, models, sparse, supervised, trust_region
+from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
 from ray_subnets.flat import Flat
@@ -72,13 +73,22 @@ class Worker:
         data: on the CPU; moved to `device` once.
         device: `cpu` or `cuda:0`.
         node: what the machine is called in results; default the host's name.
+        network: the run's network, if it is not built by name.
     """
 
-    def __init__(self, task: Task, data: Data, device: str = "cpu", node: str = "") -> None:
+    def __init__(
+        self,
+        task: Task,
+        data: Data,
+        device: str = "cpu",
+        node: str = "",
+        network: Blueprint | None = None,
+    ) -> None:
         if task.import_from and task.import_from not in sys.path:
             sys.path.insert(0, task.import_from)
         self.task = task
         self.folder = RunFolder(task.folder)
+        self.network = network
         self.device = torch.device(device)
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
@@ -182,6 +192,9 @@ class Worker:
     def build(self, seed: int) -> nn.Module:
         """The run's network with initial weights drawn from `seed`, on this device."""
         task, data = self.task, self.data
+        if self.network is not None:
+            model = self.network.build()
+            return (models.in_fast_format(model) if task.channels_last else model).to(self.device)
         model = models.build(
             task.model,
             data.input_shape,
@@ -196,6 +209,8 @@ class Worker:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
             model = self.build(job.seed)
+            if self.task.weights is not None:
+                model.load_state_dict(self.folder.load_tensors(self.task.weights))
             images = yield from self.train(job, model, job.training, job.seed)
             if not self.primary:
                 return Result(id=job.id)
@@ -340,10 +355,11 @@ class Worker:
             Diverged: an output is not finite.
         """
         data, began = self.data, time.time()
-        logits = {
-            name: supervised.predict(model, split.images, data.preprocess)
-            for name, split in (("validation", data.validation), ("test", data.test))
-        }
+        logits = {"validation": supervised.predict(model, data.validation.images, data.preprocess)}
+        if data.test is data.validation:
+            logits["test"] = logits["validation"]
+        else:
+            logits["test"] = supervised.predict(model, data.test.images, data.preprocess)
         if not all(tensor.isfinite().all() for tensor in logits.values()):
             raise Diverged(f"{job.id}: the trained network gives NaN or infinite outputs")
         outputs = self.folder.save_arrays(

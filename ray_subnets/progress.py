@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -203,6 +205,49 @@ class Lines:
         return f"[{self._done}/{self._jobs} networks{where}, about {remaining:.0f} s left]"
 
 
+class Notebook(Lines):
+    """The same in a notebook's cell: a bar and the last lines, in place of what was there before.
+
+    Args:
+        show: puts a text where it was put before; default IPython's own display.
+        last: lines that stay to be seen.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        console: Console,
+        every: float = 1.0,
+        *,
+        show: Callable[[str], None] | None = None,
+        last: int = 8,
+    ) -> None:
+        super().__init__(jobs, console, every)
+        self._show = show or _cell()
+        self._lines: deque[str] = deque(maxlen=last)
+
+    def note(self, line: str) -> None:
+        self._lines.append(line)
+        done = round(28 * self._completed / max(self._total, 1))
+        bar = f"run {'█' * done}{'░' * (28 - done)} {self._completed}/{self._total}"
+        self._show("\n".join([bar, *self._lines]))
+
+
+def _cell() -> Callable[[str], None]:
+    """Writes into the output of the notebook's cell that runs."""
+    display = importlib.import_module("IPython.display")
+    handle: list[Any] = []
+
+    def show(text: str) -> None:
+        content = {"text/plain": text}
+        if handle:
+            handle[0].update(content, raw=True)
+        else:
+            handle.append(display.display(content, raw=True, display_id=True))
+
+    return show
+
+
 class Silent:
     """Nothing."""
 
@@ -237,7 +282,10 @@ def _outcome(result: Result) -> str:
 
 
 def view(jobs: Sequence[Job], console: Console, *, quiet: bool = False) -> View:
-    """Bars on a terminal, lines elsewhere, nothing if `quiet`."""
+    """Bars on a terminal, a text that is renewed in a notebook, lines elsewhere; nothing if
+    `quiet`."""
     if quiet:
         return Silent()
+    if console.is_jupyter:
+        return Notebook(jobs, console)
     return Bars(jobs, console) if console.is_terminal else Lines(jobs, console)

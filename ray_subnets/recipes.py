@@ -253,6 +253,8 @@ class Task:
     threads: int = 1
     """torch threads of a job: part of the numbers, since sums are split over threads"""
     channels_last: bool = True
+    weights: str | None = None
+    """file in the run folder with the parent's initial weights; None: drawn from its seed"""
     import_from: str = ""
     """folder where the user's own modules lie (the driver's working folder)"""
 

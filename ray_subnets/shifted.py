@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ray_subnets import corruptions, metrics, shift
+from ray_subnets.combining import combine
 from ray_subnets.data import Data, Split
-from ray_subnets.ensemble import Ensemble, combine
+from ray_subnets.ensembles import Ensemble
 from ray_subnets.outsiders import ood_split
 from ray_subnets.recipes import Shifted
 

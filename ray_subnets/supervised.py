@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ray_subnets import schedules
 from ray_subnets.data import Batch, Batches, Preprocess
+from ray_subnets.items import Items
 from ray_subnets.recipes import Epoch, Training, derive
 from ray_subnets.streaming import ImageFiles
 from ray_subnets.topology import Topology
@@ -146,7 +147,7 @@ def train(
                             functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
                         )
                     loss = cross_entropy(
-                        logits.float(),
+                        main_output(logits).float(),
                         batch.y,
                         reduction="sum",
                         label_smoothing=training.label_smoothing,
@@ -170,6 +171,15 @@ def train(
             images=images,
             seconds=time.perf_counter() - began,
         )
+
+
+def main_output(output: Any) -> Tensor:
+    """Logits of a network that also has outputs of auxiliary heads while it is trained.
+
+    torchvision's Inception and GoogLeNet return a tuple with the field `logits` then. Auxiliary
+    heads are for training from scratch; here they are left as they are.
+    """
+    return output if isinstance(output, Tensor) else output.logits
 
 
 @torch.no_grad()
@@ -200,7 +210,7 @@ def recompute_norm(model: nn.Module, batches: Batches) -> None:
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    images: Tensor | ImageFiles,
+    images: Tensor | ImageFiles | Items,
     preprocess: Preprocess,
     *,
     batch_size: int = 500,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ray_subnets import driver, metrics, supervised, trust_region
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.combining import combine, greedy, right_class
 from ray_subnets.config import Config
 from ray_subnets.data import Data
-from ray_subnets.ensemble import combine, greedy, right_class
 from ray_subnets.population import Worker
 from ray_subnets.recipes import ChildSpec, Fit, Result, SolveResult
 from ray_subnets.selection import fitness_of, select, share_of

@@ -77,3 +77,30 @@ def test_children_share_a_gpu_on_ray(tmp_path: Path) -> None:
         record = ray_run.run(settings, data, folder, cost=cost)
     assert numbers(record) == numbers(run_on_gpu(RunFolder.create(tmp_path / "serial")))
     assert "cuda" in record["children"][0]["worker"]
+
+
+def test_a_network_that_is_on_a_gpu(tmp_path: Path) -> None:
+    """It is tuned there and stays there; what is saved gives nearly the same on a CPU."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3)
+    ).cuda()
+    y = torch.arange(120) % 3
+    x = torch.randn(120, 6) + y[:, None]
+    before = torch.are_deterministic_algorithms_enabled()
+    ensemble = ray_subnets.ensemble(
+        model,
+        (x[:80].cuda(), y[:80].cuda()),
+        (x[80:], y[80:]),
+        method=[ray_subnets.Noisy(sigma=0.1, count=2), ray_subnets.Sparse(sparsity=0.5, count=2)],
+        tune=ray_subnets.OneCycle(epochs=2, batch_size=16),
+        progress=False,
+    )
+    assert torch.are_deterministic_algorithms_enabled() == before
+    assert ensemble.device.type == "cuda"
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    ensemble.save(tmp_path / "a")
+    on_gpu = ray_subnets.load(tmp_path / "a", "cuda", model=model, on_demand=True)
+    assert torch.equal(on_gpu(x.cuda()), ensemble(x.cuda()))
+    on_cpu = ray_subnets.load(tmp_path / "a", model=model)
+    torch.testing.assert_close(on_cpu(x), ensemble(x.cuda()).cpu(), rtol=0, atol=1e-5)

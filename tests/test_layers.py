@@ -16,7 +16,10 @@ FLOORS = [
     ["options"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
     ["masks", "blurs", "shift", "policy_recipes", "simulators"],
-    ["noisy", "sparse", "stochastic", "units", "streaming", "weather", "procgen_games"],
+    [
+        *["noisy", "sparse", "stochastic", "units", "streaming", "weather", "procgen_games"],
+        *["items", "blueprint"],
+    ],
     ["topology", "structured", "envs"],
     ["spawning", "flops", "data"],
     [
@@ -24,7 +27,8 @@ FLOORS = [
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "ensemble", "models.actor_critic"],
+    ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
+    ["ensembles"],
     ["storage", "trust_region", "outsiders", "ppo", "policies"],
     ["checkpoints", "shifted"],
     ["stored"],
@@ -36,10 +40,11 @@ FLOORS = [
     ],
     ["baselines.mimo", "baselines.free_tickets", "baselines.swag"],
     ["baselines"],
-    ["population", "summary", "groups"],
-    ["config", "pools"],
+    ["population", "summary", "groups", "networks"],
+    ["config", "pools", "methods"],
     ["configfile"],
     ["members"],
+    ["cascade"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells"],
     ["benchmark"],
@@ -57,18 +62,19 @@ FLOORS = [
         "distributed.selection",
         "distributed.devices",
         "distributed.memory",
+        "distributed.sent",
     ],
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.sweeps"],
-    ["commands_sweep", "commands_benchmark"],
+    ["api", "commands_sweep", "commands_benchmark"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[1:10] for name in names if name not in READERS]
 GROUND_FLOOR += ["trust_region", "ppo", "policies"]
 
 

@@ -15,7 +15,7 @@ from torchmetrics.classification import (
 from torchmetrics.functional import kl_divergence as tm_kl_divergence
 
 from ray_subnets import metrics
-from ray_subnets.ensemble import combine
+from ray_subnets.combining import combine
 
 TOLERANCE = 1e-6
 

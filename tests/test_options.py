@@ -16,7 +16,7 @@ from ray_subnets import configfile, driver, supervised, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.data import Batches, bagged
-from ray_subnets.ensemble import Ensemble
+from ray_subnets.ensembles import Ensemble
 from ray_subnets.summary import load_outputs
 
 HEAD = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -91,3 +93,40 @@ def test_bars_fill_to_the_end() -> None:
 def test_the_view_fits_the_place(terminal: bool, quiet: bool, kind: str) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal)
     assert type(progress.view(JOBS, console, quiet=quiet)).__name__ == kind
+
+
+def test_a_notebook_shows_one_text_that_is_renewed() -> None:
+    shown: list[str] = []
+    console = Console(file=io.StringIO())
+    feed(progress.Notebook(JOBS, console, every=0.0, show=shown.append, last=3))
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert all(len(text.splitlines()) <= 4 for text in shown)
+    first, *lines = shown[-1].splitlines()
+    total = sum(job.epochs + 1 for job in JOBS)
+    assert first == f"run {'█' * 28} {total}/{total}"
+    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0 s left]")
+
+
+def test_a_notebooks_cell_is_written_once_and_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By IPython's `display` as its documentation has it: the first call gives a handle."""
+    calls: list[tuple[str, str]] = []
+
+    class Handle:
+        def update(self, content: dict[str, str], *, raw: bool) -> None:
+            assert raw
+            calls.append(("update", content["text/plain"].splitlines()[-1]))
+
+    def display(content: dict[str, str], *, raw: bool, display_id: bool) -> Handle:
+        assert raw
+        assert display_id
+        calls.append(("display", content["text/plain"].splitlines()[-1]))
+        return Handle()
+
+    module = types.ModuleType("IPython.display")
+    monkeypatch.setattr(module, "display", display, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    view = progress.view(JOBS, Console(file=io.StringIO(), force_jupyter=True))
+    view.note("starting")
+    view.note("going on")
+    assert calls == [("display", "starting"), ("update", "going on")]

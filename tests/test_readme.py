@@ -125,3 +125,24 @@ def test_one_child_without_a_run() -> None:
     child = scope["child"]
     assert isinstance(child, torch.nn.Module)
     assert int((child.get_parameter("0.weight") == 0).sum()) == 30
+
+
+def test_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's example with a stranger's network; its every line gives what it says."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    y = torch.arange(120) % 3
+    x = torch.randn(120, 6) + y[:, None]
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.ReLU(), torch.nn.Linear(10, 3))
+    scope: dict[str, object] = {"model": model, "x": x[:60], "y": y[:60], "images": x[100:]}
+    scope |= {"x_val": x[60:100], "y_val": y[60:100]}
+    code = block("import ray_subnets as rs")
+    exec(code, scope)
+    ensemble, said = scope["ensemble"], scope["said"]
+    assert isinstance(ensemble, ray_subnets.Ensemble)
+    assert len(ensemble) == 8
+    assert isinstance(scope["asked"], torch.Tensor)
+    assert scope["asked"].shape == (20,)
+    for name in re.findall(r"\.(\w+)[,:]", code.splitlines()[7]):
+        assert getattr(said, name).shape == (20,), name
+    assert (tmp_path / "my_ensemble/ensemble.json").exists()

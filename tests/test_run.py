@@ -15,8 +15,8 @@ from tiny import equal, numbers, run_serial, tiny
 import ray_subnets
 from ray_subnets import driver, metrics, models
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.combining import combine
 from ray_subnets.config import ModelSection
-from ray_subnets.ensemble import combine
 from ray_subnets.pools import SerialPool
 from ray_subnets.population import Report, Worker
 from ray_subnets.recipes import Epoch

@@ -14,7 +14,7 @@ from torch import Tensor
 import ray_subnets
 from ray_subnets import driver, metrics
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.ensemble import combine, greedy, right_class
+from ray_subnets.combining import combine, greedy, right_class
 from ray_subnets.selection import Decision, joined, select, share_of
 from ray_subnets.summary import load_outputs
 

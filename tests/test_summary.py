@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.ensemble import Mean, Running, combine
+from ray_subnets.combining import Mean, Running, combine
 from ray_subnets.summary import LABELS, Scores
 
 

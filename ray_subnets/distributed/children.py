@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,8 +17,10 @@ from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.memory import keep_freed
+from ray_subnets.distributed.sent import Sent
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
+from ray_subnets.items import Items
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job, Training
 from ray_subnets.streaming import ImageFiles
@@ -29,12 +32,17 @@ def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
     """A data set as one flat array for the object store, and the rest of it."""
     tensors: dict[str, Tensor] = {}
     files: dict[str, tuple[str, int, int, int]] = {}
-    for name in SPLITS:
+    items: dict[str, Items] = {}
+    same = data.test is data.validation
+    for name in SPLITS[:-1] if same else SPLITS:
         split: Split = getattr(data, name)
         images = split.images
         if isinstance(images, ImageFiles):  # the names travel, the files must be on every node
             files[name] = (images.folder, images.size, images.resize, images.workers)
             images = images.names
+        elif isinstance(images, Items):
+            items[name] = replace(images, rows=images.rows[:0])
+            images = images.rows
         tensors |= {f"{name}.images": images, f"{name}.labels": split.labels}
     rest = {
         "name": data.name,
@@ -43,6 +51,7 @@ def pack_data(data: Data) -> tuple[Flat, dict[str, Any]]:
         "crop": data.crop,
         "flip": data.flip,
         "files": files,
+        "items": Sent(items, "the data") if items else {},
     }
     return flatten(tensors), rest
 
@@ -51,9 +60,14 @@ def unpack_data(flat: Flat, rest: dict[str, Any]) -> Data:
     """Inverse of `pack_data`; the images are read where they lie, not copied."""
     tensors = flat.tensors()
     values = rest | {"preprocess": Preprocess(*rest["preprocess"])}
-    files = values.pop("files")
+    files, items = values.pop("files"), values.pop("items")
     for name in SPLITS:
-        images: Tensor | ImageFiles = tensors[f"{name}.images"]
+        if f"{name}.labels" not in tensors:
+            values[name] = values["validation"]
+            continue
+        images: Tensor | ImageFiles | Items = tensors[f"{name}.images"]
+        if name in items:
+            images = replace(items[name], rows=tensors[f"{name}.images"])
         if name in files:
             folder, *view = files[name]
             images = ImageFiles(folder, tensors[f"{name}.images"], *view)
@@ -85,7 +99,7 @@ def _warm(worker: Worker) -> None:
 class ChildActor:
     """A `Worker` in a Ray actor. References come in lists, so that Ray hands them over unread."""
 
-    def __init__(self, selection: Any = None, worker: type[Worker] = Worker) -> None:
+    def __init__(self, selection: Any = None, worker: Callable[..., Worker] = Worker) -> None:
         self._selection, self._kind = selection, worker
         self._worker: Worker | None = None
 

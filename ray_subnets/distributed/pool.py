@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ class RayPool:
         parent_devices: int = 0,
         notify: Callable[[str], None] = lambda line: None,
         watch: Callable[[Status], None] = lambda status: None,
-        worker: type[Worker] = Worker,
+        worker: Callable[..., Worker] = Worker,
     ) -> None:
         self._worker = worker
         self._task, self._resources, self._growing = task, resources, growing
@@ -98,6 +99,7 @@ class RayPool:
         leave_mark(task.folder)
         flat, self.rest = pack_data(data)
         self.data = ray.put(flat)
+        self._rest = ray.put(self.rest)
         self._selection, self._notify, self._watch = selection, notify, watch
         self._trainer: Iterator[Report | None] | None = None
         self._parent_trainer, self._parent_devices = parent_trainer, parent_devices
@@ -130,7 +132,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
         )
         handle: Any = actor.remote(self._selection, self._worker)
-        setup = handle.setup.remote(self._task, [self.data], self.rest, gpus)
+        setup = handle.setup.remote(self._task, [self.data], self._rest, gpus)
         return _Slot(handle, dedicated, setup)
 
     # --- pools.Pool ---
@@ -358,6 +360,9 @@ def _name(node: dict[str, Any]) -> str:
 def _reason(error: RayError) -> str:
     """What became of an actor, as the end of a sentence."""
     text = " ".join(str(error).split())
+    missing = re.search(r"No module named '[^']+'", text)
+    if missing and "input arguments" in text:
+        return f"cannot read what it was sent: {missing[0]} on its machine"
     if isinstance(error, RayTaskError):
         cause = error.cause
         name = type(cause).__name__

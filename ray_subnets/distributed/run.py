@@ -6,11 +6,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from ray_subnets import driver
+from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.data import Data
@@ -19,8 +22,9 @@ from ray_subnets.distributed.devices import has_gpus
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.parent import RayTrainParent
 from ray_subnets.distributed.pool import RayPool
+from ray_subnets.distributed.sent import Sent
 from ray_subnets.flops import Cost
-from ray_subnets.population import Report
+from ray_subnets.population import Report, Worker
 from ray_subnets.recipes import Result, Status
 from ray_subnets.selection import Decision
 
@@ -35,6 +39,8 @@ def run(
     notify: Callable[[str], None] = lambda line: None,
     watch: Callable[[Status], None] = lambda status: None,
     growing: bool = False,
+    network: Blueprint | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """`driver.run` on the Ray that this process is connected to; see there.
 
@@ -42,6 +48,8 @@ def run(
         notify: called with a line of text when something happened that a person should know.
         watch: called with nodes and actors when they change.
         growing: the cluster may start nodes on demand.
+        network: the run's network, if it is not built by name.
+        weights: file in the run folder with the parent's initial weights, if they are not drawn.
     """
     name = f"selection-{os.getpid()}-{time.time_ns()}"  # so that it can be found and watched
     selection = selecting.start(
@@ -49,7 +57,7 @@ def run(
     )
     instruments = Instruments(folder.name)
     ended: Counter[bool] = Counter()
-    task = driver.task_of(config, folder)
+    task = replace(driver.task_of(config, folder), weights=weights)
 
     def see(status: Status) -> None:
         instruments.status(status, ended[True], ended[False])
@@ -77,6 +85,7 @@ def run(
         parent_devices=workers if trainer else 0,
         notify=notify,
         watch=see,
+        worker=Worker if network is None else _given(network),
     )
     if trainer:
         trainer.data, trainer.rest = pool.data, pool.rest
@@ -92,6 +101,11 @@ def run(
     finally:
         pool.close()
         ray.kill(selection)
+
+
+def _given(network: Blueprint) -> Any:
+    """Makes workers of a network that is not built by name."""
+    return Sent(partial(Worker, network=network), "the model")
 
 
 def _check_room(workers: int, kind: str, growing: bool) -> None:

@@ -18,6 +18,9 @@ from ray_subnets.models.resnet import resnet18, resnet56
 from ray_subnets.models.wide_resnet import WideResNet
 from ray_subnets.structured import channels_last_is_safe
 
+GIVEN = "given"
+"""stands for a network that was given in Python, in the record of what was made of it"""
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet_s": lenet_s,
@@ -121,6 +124,11 @@ def build(
             model = _call(builder, "model", fixed, dict(options))
         elif ":" in name:
             model = _call(import_path(name, "model"), "model", offered, dict(options))
+        elif name == GIVEN:
+            raise ValueError(
+                "model: it was given in Python and is not known by name; go on from there, with "
+                "ray_subnets.ensemble(..., folder=...)"
+            )
         else:
             raise ValueError(
                 f"model: unknown network {name!r}; known: {', '.join(MODELS)}, torchvision/NAME, "
@@ -129,10 +137,10 @@ def build(
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
         _check_output(model, name, tuple(input_shape), num_classes)
-    return _channels_last(model) if channels_last else model
+    return in_fast_format(model) if channels_last else model
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
+def in_fast_format(model: nn.Module) -> nn.Module:
     """The same function in the memory format in which convolutions and pooling run faster on CPUs
     (`make bench` prints by how much), where that is safe.
     """

@@ -1,13 +1,11 @@
-"""Many networks, one answer: combining outputs, and the `nn.Module` that a user keeps."""
+"""Many networks, one answer: how outputs are combined, and who is worth asking."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-from ray_subnets.data import Preprocess
+from torch import Tensor
 
 
 def combine(
@@ -136,41 +134,3 @@ def greedy(right: Tensor, count: int | None = None) -> list[tuple[int, float]]:
         total = total + right[left[best]]
         trace.append((left.pop(best), float(nll[best])))
     return trace
-
-
-class Ensemble(nn.Module):
-    """Networks that answer together; one of them may be several members.
-
-    Call it with network inputs `(N, *shape)`: floating point as the networks were trained on, or
-    uint8 images, which are scaled and normalised as in training. It returns probabilities
-    `(N, C)` float32.
-    """
-
-    def __init__(
-        self,
-        members: Sequence[nn.Module],
-        *,
-        ids: Sequence[str],
-        preprocess: Preprocess,
-        combine: str = "probabilities",
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        assert len(members) == len(ids) > 0
-        self.members = nn.ModuleList(members)
-        self.ids = tuple(ids)
-        self.preprocess = preprocess
-        self.combine = combine
-        self.weights = tuple(weights) if weights is not None else None
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Every member's logits, `(K, N, C)`."""
-        x = self.preprocess(x)
-        answers = [member(x) for member in self.members]
-        return torch.cat([one if one.dim() == 3 else one[None] for one in answers])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return combine(self.logits(x), self.combine, self.weights).float()

@@ -1,0 +1,211 @@
+"""The `nn.Module` that a user keeps: many networks that answer together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ray_subnets.answers import Opinions, Prediction
+from ray_subnets.combining import Running, combine
+from ray_subnets.data import Preprocess
+from ray_subnets.metrics import scaled, temperature_of
+
+
+class Members(nn.Module):
+    """Members that are made when they are asked and dropped after: one at a time in memory.
+
+    Args:
+        make: number of a member -> the network, on the CPU.
+        numbers: of those that are here.
+    """
+
+    def __init__(self, make: Callable[[int], nn.Module], numbers: Sequence[int]) -> None:
+        super().__init__()
+        self._make, self._numbers = make, tuple(numbers)
+        self.register_buffer("_here", torch.empty(0), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        network = self._make(self._numbers[index]).to(self.get_buffer("_here").device)
+        return network.eval().requires_grad_(False)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Sequence[int]) -> Members:
+        """Some of them."""
+        return Members(self._make, [self._numbers[index] for index in indices])
+
+
+class Origin(Protocol):
+    """Where an ensemble came from: it can be written from there."""
+
+    def save(self, folder: Any, ids: Sequence[str], temperature: float | None) -> None:
+        """Write the members `ids`, in this order, into a new folder (a path or a URI)."""
+
+
+class Ensemble(nn.Module):
+    """Networks that answer together; one of them may be several members.
+
+    Call it with network inputs `(N, *shape)`: floating point as the networks were trained on, or
+    uint8 images, which are scaled and normalised as in training. It returns probabilities
+    `(N, C)` float32.
+
+    Attributes:
+        ids: of the members, in their order.
+        temperature: fitted on validation data to the members' common answer; None: not fitted.
+        calibrated: are answers scaled by it? By default they are not: which class is the most
+            probable stays the same, and every table of a run is without.
+        record: what was measured when it was made (the run's `result.json`), if that is known.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module] | Members,
+        *,
+        ids: Sequence[str],
+        preprocess: Preprocess,
+        combine: str = "probabilities",
+        weights: Sequence[float] | None = None,
+        temperature: float | None = None,
+        calibrated: bool = False,
+        origin: Origin | None = None,
+    ) -> None:
+        super().__init__()
+        assert len(members) == len(ids) > 0
+        self.members = members if isinstance(members, Members) else nn.ModuleList(members)
+        self.ids = tuple(ids)
+        self.preprocess = preprocess
+        self.combine = combine
+        self.weights = tuple(weights) if weights is not None else None
+        self.temperature = temperature
+        self.calibrated = calibrated
+        self.origin = origin
+        self.record: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Every member's logits, `(K, N, C)`."""
+        x = self.preprocess(x)
+        answers = [member(x) for member in self.members]
+        return torch.cat([one if one.dim() == 3 else one[None] for one in answers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(combine(self.logits(x), self.combine, self.weights)).float()
+
+    def answer(self, probabilities: Tensor) -> Tensor:
+        """The members' common `(N, C)`, scaled by the temperature if `calibrated`.
+
+        Raises:
+            ValueError: no temperature was fitted.
+        """
+        if not self.calibrated:
+            return probabilities
+        if self.temperature is None:
+            raise ValueError("calibrated: no temperature was fitted; use ensemble.calibrate(x, y)")
+        return scaled(probabilities, self.temperature)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, batch_size: int = 500) -> Prediction:
+        """What the members say of many samples, and how much they differ; on the CPU.
+
+        Members are asked one after the other, so of all their logits one member's are in memory.
+
+        Args:
+            x: `(N, *shape)`, as for a call, on any device.
+
+        Example:
+            >>> said = ensemble.predict(images)  # doctest: +SKIP
+            >>> said.probabilities.argmax(1), said.mutual_information  # doctest: +SKIP
+        """
+        together, opinions = Running(self.combine), Opinions()
+        for i, member in enumerate(self.members):
+            for one in self._asked(member, x, batch_size):
+                together.add(one, self.weights[i] if self.weights else 1.0)
+                opinions.add(one)
+        return opinions.prediction(self.answer(together.value()))
+
+    @torch.no_grad()
+    def ask(self, x: Tensor, batch_size: int = 500) -> Tensor:
+        """Every member's logits for many samples, `(K, N, C)` on the CPU."""
+        return torch.cat([self._asked(member, x, batch_size) for member in self.members])
+
+    def _asked(self, member: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+        """`(1, N, C)` on the CPU; more of a network that is several members."""
+        device = self.device
+        parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
+        logits = torch.cat(parts, dim=-2)
+        return logits if logits.dim() == 3 else logits[None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members are, or will be."""
+        if isinstance(self.members, Members):
+            return self.members.get_buffer("_here").device
+        tensors = chain(self.members.parameters(), self.members.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    def calibrate(self, x: Tensor, y: Tensor, batch_size: int = 500) -> float:
+        """Fit the temperature on validation data, `(N, *shape)` and `(N,)`; returns it.
+
+        From then on answers are scaled by it, see `calibrated`.
+        """
+        self.calibrated = False
+        plain = self.predict(x, batch_size).probabilities
+        self.temperature = temperature_of(plain, y.cpu())
+        self.calibrated = True
+        return self.temperature
+
+    def take(self, ids: Sequence[str]) -> Ensemble:
+        """An ensemble of these members, which it shares, in this order; no temperature is known.
+
+        Raises:
+            ValueError: there is no such member, or members are not networks of their own.
+        """
+        for id in ids:
+            if id not in self.ids:
+                raise ValueError(f"ids: no member {id!r}; there are {', '.join(self.ids)}")
+        if not ids or len(set(ids)) < len(ids):
+            raise ValueError("ids: name each member once, and at least one")
+        places = [self.ids.index(id) for id in ids]
+        chosen: Members | list[nn.Module]
+        if isinstance(self.members, Members):
+            chosen = self.members.take(places)
+        else:
+            chosen = [self.members[place] for place in places]
+        return (
+            Ensemble(
+                chosen,
+                ids=ids,
+                preprocess=self.preprocess,
+                combine=self.combine,
+                weights=[self.weights[place] for place in places] if self.weights else None,
+                origin=self.origin,
+            )
+            .to(self.device)
+            .eval()
+        )
+
+    def save(self, folder: Any) -> None:
+        """Write it into a new folder that `load` reads, wherever it is moved to.
+
+        Safetensors and JSON: the parent's weights if a recipe needs them, what tuning changed, and
+        the recipes. The temperature goes with it.
+
+        Args:
+            folder: a path, or a URI like `s3://bucket/models/a`.
+
+        Raises:
+            ValueError: the folder is in use, or what the ensemble was made from is gone.
+        """
+        if self.origin is None:
+            raise ValueError("save: only an ensemble that was loaded, or made of a run, is saved")
+        self.origin.save(folder, self.ids, self.temperature)

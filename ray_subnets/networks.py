@@ -1,0 +1,116 @@
+"""A network as a user has it in Python: can an ensemble be made of it, and how is it called?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ray_subnets import blueprint, models
+from ray_subnets.blueprint import Blueprint
+from ray_subnets.data import Preprocess
+from ray_subnets.sources import Source
+from ray_subnets.stored import load_weights
+
+
+def examined(
+    model: Any,
+    val: Source,
+    labelled: int,
+    preprocess: Preprocess | None,
+    architecture: str | Mapping[str, Any] | None,
+) -> tuple[Blueprint | None, dict[str, Tensor] | None, dict[str, Any], int]:
+    """What is built, the weights that it begins with, its name, and its number of classes.
+
+    Args:
+        model: a network; or a name, or a mapping of name and options: then there is nothing to
+            examine, and no weights.
+        val: its first samples are what the network is tried on.
+        labelled: classes of the data, for a network that is yet to be built.
+        architecture: how a network is built by name.
+
+    Raises:
+        ValueError: nothing that an ensemble can be made of; the message names the argument.
+    """
+    if isinstance(model, str | Mapping):
+        if architecture is not None:
+            raise ValueError("architecture: the model is given by name already; leave it out")
+        return None, None, named(model, "model"), labelled
+    model = blueprint.check(model)
+    network = Blueprint.of(model)
+    weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    trial = network.build()
+    try:
+        trial.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: plain tensors are not enough to load its weights again ({reason})"
+        ) from None
+    images = val.split.images[torch.arange(min(2, len(val.split)))]
+    inputs = next(iter(images.split(2))).cpu()
+    if preprocess is not None or inputs.is_floating_point():
+        inputs = (preprocess or Preprocess())(inputs)
+    classes = _classes(trial, inputs.float())
+    if architecture is None:
+        kind = {"name": models.GIVEN, "type": blueprint.describe(model)}
+        return network, weights, kind, classes
+    called = named(architecture, "architecture")
+    options = {key: value for key, value in called.items() if key != "name"}
+    try:
+        built = models.build(called["name"], inputs.shape[1:], classes, options, seed=0)
+        load_weights(built, weights, "the model's")
+    except ValueError as error:
+        text = str(error).removeprefix("model: ")
+        raise ValueError(f"architecture: {text}") from None
+    with torch.no_grad():
+        if not torch.equal(built.eval()(inputs), models.in_fast_format(trial)(inputs)):
+            raise ValueError(
+                f"architecture: {called['name']} with the model's weights gives other outputs than "
+                "the model"
+            )
+    return network, weights, called, classes
+
+
+def named(value: Any, argument: str) -> dict[str, Any]:
+    """`{name: ..., option: ...}` of a name or a mapping.
+
+    Raises:
+        ValueError: there is no name.
+    """
+    found = {"name": value} if isinstance(value, str) else dict(value)
+    if not isinstance(found.get("name"), str):
+        raise ValueError(f"{argument}: must be a name, or a mapping with a name and options")
+    return found
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, inputs: Tensor) -> int:
+    """Outputs of a network, in evaluation mode.
+
+    Raises:
+        ValueError: it does not take these inputs, or gives something else than `(N, C)`.
+    """
+    try:
+        output = model.eval()(inputs)
+    except Exception as error:  # whatever a stranger's forward raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model: it does not take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
+        ) from None
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(inputs):
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model: it gives {what} for {len(inputs)} inputs; it must return logits "
+            f"({len(inputs)}, C)"
+        )
+    if output.shape[1] < 2:
+        raise ValueError(
+            "model: it has a single output; only classifiers with two or more classes can be made "
+            "into ensembles, not regression"
+        )
+    if not output.isfinite().all():
+        raise ValueError("model: it gives NaN or infinite outputs for the first validation samples")
+    return output.shape[1]
