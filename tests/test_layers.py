@@ -30,7 +30,7 @@ FLOORS = [
     ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
     ["ensembles"],
-    ["storage", "trust_region", "outsiders", "ppo", "policies"],
+    ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
     ["checkpoints", "shifted"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
