@@ -230,7 +230,7 @@ def _do(
     joins = address not in (None, "local")
     data = driver.load_data(config)
     model = driver.build(config, data)
-    weights = driver.given_weights(config, model) if fresh else None
+    weights = driver.given_weights(config, data, model) if fresh else None
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
             view.note(f"joining Ray at {address}" if joins else "starting Ray")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -93,11 +94,11 @@ def served(folder: Path) -> Iterator[serving.Server]:
 
 
 def ask(url: str, path: str, body: bytes | None = None, kind: str = "") -> tuple[int, bytes]:
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
-    headers = {"Content-Type": kind}
-    connection.request("GET" if body is None else "POST", path, body, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=120)) as connection:
+        headers = {"Content-Type": kind}
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 @pytest.mark.cluster
