@@ -178,6 +178,7 @@ def load(
     model: nn.Module | Blueprint | None = None,
     on_demand: bool = False,
     calibrated: bool = False,
+    batched: bool | None = None,
     keep: Any = None,
 ) -> Ensemble:
     """The ensemble of a finished run, or one that was saved, ready to predict.
@@ -191,6 +192,8 @@ def load(
             parent and one child, whatever the number of members. Slower, by the time that it takes
             to read (sparse, stochastic) or draw (noisy) a child.
         calibrated: scale answers by the temperature that was fitted on validation data.
+        batched: ask all members in one call of `torch.func`, or one after the other; None:
+            whichever is faster for the device, the network and the inputs, by a fixed rule.
         keep: an object to keep for as long as the ensemble may read the folder.
 
     Returns:
@@ -236,6 +239,8 @@ def load(
         temperature=temperature,
         calibrated=calibrated,
         origin=Saved(folder, record, keep),
+        input_shape=record.input_shape,
+        batched=batched if isinstance(record, EnsembleRecord) else False,
     )
     if calibrated and temperature is None:
         raise ValueError(f"calibrated: {source} has no temperature; use Ensemble.calibrate(x, y)")

@@ -27,9 +27,13 @@ FLOORS = [
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
-    ["ensembles"],
+    [
+        *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
+        "batched",
+    ],
     ["storage", "trust_region", "outsiders", "ppo", "policies"],
+    ["exporting"],
+    ["ensembles"],
     ["checkpoints", "shifted"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -69,13 +73,13 @@ FLOORS = [
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.sweeps"],
-    ["api", "commands_sweep", "commands_benchmark"],
+    ["api", "commands_sweep", "commands_benchmark", "commands_keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[1:10] for name in names if name not in READERS]
-GROUND_FLOOR += ["trust_region", "ppo", "policies"]
+GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
+GROUND_FLOOR += ["ensembles", "trust_region", "ppo", "policies"]
 
 
 def modules() -> dict[str, Path]:
