@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-WEIGHTS, SAMPLES = 250_000, 2
+WEIGHTS, SAMPLES = 250_000, 1
 """up to which it is faster on a CPU; see `faster`"""
 
 
 def faster(device: torch.device, weights: int, samples: int) -> bool:
     """Is one call of all members the faster way? A rule, so that the same call gives the same bits.
 
-    From `python -m analysis.benchmarks.members`: on a CPU it wins only where a member is so small
-    and asked for so few samples that starting its operations is most of the work (LeNet-S, one
-    sample: 0.7 of the loop's time; 16 samples: 1.8; a ResNet-18: 1.6 to 2.0 for any number).
-    Convolutions of K sets of weights are grouped ones, which CPUs do slowly. On a GPU it was not
-    measured, so there members are asked one after the other unless `batched=True` says otherwise.
+    From `python -m analysis.benchmarks.members`, one thread: on a CPU it wins only where a member
+    is so small, and asked for so little, that starting its operations is most of the work. Eight
+    LeNet-S: 0.8 of the loop's time for one sample, 0.9 to 1.0 for two, 1.3 and more from four on;
+    ResNet-18: 1.3 to 1.9; WRN-28-10: 1.0 to 1.5. Convolutions of K sets of weights are grouped
+    ones, which CPUs do slowly. On GPUs it was not measured, and members are asked one by one
+    unless `batched=True` says otherwise.
 
     Args:
         weights: of one member.
@@ -54,6 +55,7 @@ class Batched:
         for other in tensors[1:]:
             if _outline(other) != _outline(tensors[0]):
                 raise Unlike("members of different shapes, as with units that were removed")
+        self._one = copy.deepcopy(members[0]).to("meta")  # before it is a part of all
         self._stacked = {name: _stack([own[name] for own in tensors]) for name in tensors[0]}
         self._members = tuple(members)
         self._places = []
@@ -66,7 +68,6 @@ class Batched:
                     for name, part in held.items():
                         if part is not None:
                             self._places.append((held, name, part.data_ptr()))
-        self._one = copy.deepcopy(members[0]).to("meta")
 
     def current(self, members: Iterable[nn.Module]) -> bool:
         """Are these still the members and their tensors? Not once one was moved or replaced."""

@@ -175,8 +175,8 @@ class Ensemble(nn.Module):
             >>> said.probabilities.argmax(1), said.mutual_information  # doctest: +SKIP
         """
         together, opinions = Running(self.combine), Opinions()
-        for i, member in enumerate(self.members):
-            for one in self._asked(member, x, batch_size):
+        for i, answers in enumerate(self.each(x, batch_size)):
+            for one in answers:
                 together.add(one, self.weights[i] if self.weights else 1.0)
                 opinions.add(one)
         return opinions.prediction(self.answer(together.value()))
@@ -184,14 +184,17 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def ask(self, x: Tensor, batch_size: int = 500) -> Tensor:
         """Every member's logits for many samples, `(K, N, C)` on the CPU."""
-        return torch.cat([self._asked(member, x, batch_size) for member in self.members])
+        return torch.cat(list(self.each(x, batch_size)))
 
-    def _asked(self, member: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-        """`(1, N, C)` on the CPU; more of a network that is several members."""
+    @torch.no_grad()
+    def each(self, x: Tensor, batch_size: int = 500) -> Iterator[Tensor]:
+        """One member's logits after the other's, `(1, N, C)` on the CPU; more of a network that is
+        several members."""
         device = self.device
-        parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
-        logits = torch.cat(parts, dim=-2)
-        return logits if logits.dim() == 3 else logits[None]
+        for member in self.members:
+            parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
+            logits = torch.cat(parts, dim=-2)
+            yield logits if logits.dim() == 3 else logits[None]
 
     @property
     def device(self) -> torch.device:

@@ -315,6 +315,7 @@ def report(run: RunArgument) -> None:
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
 app.command(no_args_is_help=True)(commands_keep.export)
+app.command(no_args_is_help=True)(commands_keep.distill)
 app.command()(commands_sweep.dashboard)
 
 

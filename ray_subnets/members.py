@@ -67,6 +67,7 @@ class MethodRecord(Kind):
     method: dict[str, Any]
     """its name and options"""
     networks: Annotated[tuple[Stored, ...], Field(min_length=1)]
+    temperature: Positive | None = None
 
 
 Record = Annotated[EnsembleRecord | MethodRecord, Field(discriminator="format")]
@@ -119,6 +120,8 @@ class Saved:
 
     folder: RunFolder
     record: EnsembleRecord | MethodRecord
+    build: Callable[[], nn.Module]
+    """a network of zeros, as the parent is"""
     keep: Any = None
     """lives as long as this does: a temporary folder goes when nobody needs it"""
 
@@ -137,6 +140,7 @@ class Saved:
             files = [member.weights for member in record.members]
             files += [record.parent] if _needs_parent(record) else []
         else:
+            record = record.model_copy(update={"temperature": temperature})
             files = list(record.networks)
         try:
             target = RunFolder.create(folder)
@@ -215,16 +219,15 @@ def load(
     except ValidationError as error:
         raise ValueError(f"{configfile.one_line(error, source)}; {folder.mend}") from None
     build = _builder(record, model, folder, source)
-    shares, how = None, "probabilities"
+    shares, how, temperature = None, "probabilities", record.temperature
     networks: Sequence[nn.Module] | Members
-    temperature = None
     if isinstance(record, MethodRecord):
         networks = _of_method(record, folder, source, build)
         ids = [f"{i:03d}" for i in range(len(networks))]
     else:
         ids = ["parent"] * record.include_parent + [m.recipe.id for m in record.members]
         shares = [record.parent_share] * record.include_parent + [m.share for m in record.members]
-        how, temperature = record.combine, record.temperature
+        how = record.combine
         parent = folder.load_tensors(record.parent) if _needs_parent(record) else {}
         make = partial(_member, record, folder, source, build, parent)
         networks = Members(make, range(len(ids)))
@@ -238,7 +241,7 @@ def load(
         weights=shares,
         temperature=temperature,
         calibrated=calibrated,
-        origin=Saved(folder, record, keep),
+        origin=Saved(folder, record, build, keep),
         input_shape=record.input_shape,
         batched=batched if isinstance(record, EnsembleRecord) else False,
     )

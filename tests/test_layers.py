@@ -48,7 +48,7 @@ FLOORS = [
     ["config", "pools", "methods"],
     ["configfile"],
     ["members"],
-    ["cascade"],
+    ["cascade", "students"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells"],
     ["benchmark"],
@@ -73,7 +73,8 @@ FLOORS = [
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.sweeps"],
-    ["api", "commands_sweep", "commands_benchmark", "commands_keep"],
+    ["distilling", "api", "commands_sweep", "commands_benchmark"],
+    ["commands_keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
