@@ -58,8 +58,8 @@ def cheaper(folder: RunFolder, ids: Sequence[str]) -> tuple[list[dict[str, Any]]
     )
     for by, least in wanted:
         point = cascade.cheapest(points, least, by)
-        p, count = cascade.replay(asked, point.threshold)
-        found = row(f"cascade, 99.9 % by {by}", float(count.double().mean()), p, test.labels)
+        p, passes = cascade.replay(asked, point.threshold)
+        found = row(f"cascade, 99.9 % by {by}", float(passes.double().mean()), p, test.labels)
         rows.append(found | {"share": found["passes"] / len(ids)})
     for count in range(len(ids) - 1, 0, -1):
         rows.append(row(f"{count} chosen", count, combine(asked[:count]), test.labels))
@@ -132,8 +132,9 @@ def verdicts(table: pd.DataFrame) -> list[str]:
 def draw(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     """Test accuracy and NLL against passes, mean over runs."""
     marks = {"distilled child": (RED, "*"), "child trained alone": (RED, "x"), "child": (SKY, "o")}
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         sides = zip(
             figure.subplots(1, 2),

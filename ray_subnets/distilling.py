@@ -213,11 +213,13 @@ def objective(
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = supervised.main_output(model(batch.x)).float()
+        told = cross_entropy(logits, batch.y, reduction="sum", label_smoothing=label_smoothing)
+        if weight == 0:  # nobody needs to be asked
+            return told
         with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
             soft = metrics.scaled(teacher(batch.x), temperature).float()
-        logits = supervised.main_output(model(batch.x)).float()
         taught = cross_entropy(logits / temperature, soft, reduction="sum")
-        told = cross_entropy(logits, batch.y, reduction="sum", label_smoothing=label_smoothing)
         return weight * temperature**2 * taught + (1 - weight) * told
 
     return loss
