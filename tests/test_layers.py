@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
-    ["options"],
+    ["options", "requested"],
+    ["webapp"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
     ["masks", "blurs", "shift", "policy_recipes", "simulators"],
     [
@@ -31,7 +32,7 @@ FLOORS = [
         *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
         "batched",
     ],
-    ["storage", "trust_region", "outsiders", "ppo", "policies"],
+    ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
     ["exporting"],
     ["ensembles"],
     ["checkpoints", "shifted"],
@@ -71,15 +72,15 @@ FLOORS = [
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
-    ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
+    ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.sweeps"],
-    ["distilling", "api", "commands_sweep", "commands_benchmark"],
+    ["distilling", "api", "commands_sweep", "commands_benchmark", "commands_serve"],
     ["commands_keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[1:9] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[2:10] for name in names if name not in READERS]
 GROUND_FLOOR += ["ensembles", "trust_region", "ppo", "policies"]
 
 
