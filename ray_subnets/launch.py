@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_benchmark, commands_serve, commands_sweep
+from ray_subnets import commands_benchmark, commands_keep, commands_serve, commands_sweep
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -325,6 +325,8 @@ def report(run: RunArgument) -> None:
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
+app.command(no_args_is_help=True)(commands_keep.export)
+app.command(no_args_is_help=True)(commands_keep.distill)
 app.command(no_args_is_help=True)(commands_serve.serve)
 app.command()(commands_sweep.dashboard)
 
