@@ -135,6 +135,7 @@ COLUMNS = (
     ("accuracy", "accuracy %", 100.0, 2),
     ("nll", "NLL", 1.0, 4),
 )
+PAIRED = ("disagreement", "kl", "correlation", "error_overlap")
 
 
 def table_7_1(found: Sequence[Measured]) -> Table:
@@ -145,7 +146,11 @@ def table_7_1(found: Sequence[Measured]) -> Table:
     order = by["disagreement"].mean().sort_values().index
     for label in order:
         some = by.get_group(label)
-        cells = [cell(some[key], scale, digits) for key, _, scale, digits in COLUMNS]
+        alone = bool((some["members"] < 2).all())
+        cells = [
+            "" if alone and key in PAIRED else cell(some[key], scale, digits)
+            for key, _, scale, digits in COLUMNS
+        ]
         rows.append([str(label), f"{some['members'].mean():g}", *cells, str(len(some))])
     return Table(
         "diversity",
@@ -284,8 +289,8 @@ def _wrong(figure: Figure, kinds: Sequence[Measured]) -> None:
         mistakes = m.probabilities.argmax(2) != m.labels
         share = errors.how_many_wrong(mistakes)[1:]
         x = np.arange(1, len(share) + 1) / len(share)
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(x, 100 * share.numpy(), ms=4, lw=1.2, label=m.label, **style)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, 100 * share.numpy(), ms=4, lw=1.2, label=m.label, color=colour, marker=marker)
     axes.set(xlabel="share of the members that are wrong", ylabel="of the test samples, %")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
