@@ -110,9 +110,7 @@ def find(run: Run, *, count: int = 600, most: int = 3, seed: int = 0) -> Finding
     return Findings(
         "clusters",
         "Prediction clusters",
-        [
-            f"t-SNE of the output probabilities of {len(names)} networks on {len(some)} test samples."
-        ],
+        [f"t-SNE of the probabilities of {len(names)} networks on {len(some)} test samples."],
         [
             Table(
                 "clusters",
@@ -127,8 +125,8 @@ def find(run: Run, *, count: int = 600, most: int = 3, seed: int = 0) -> Finding
                 "clusters",
                 "Prediction clusters (Fig 7.2)",
                 "One t-SNE of all outputs together: a place means the same in every panel. Colour "
-                "and shape: the true class (above), the prediction (middle), the prediction where it "
-                "is wrong (below, all others grey).",
+                "and shape: the true class (above), the prediction (middle), the prediction where "
+                "it is wrong (below, all others grey).",
                 (1.9 * len(names) + 0.3, 5.6),
                 partial(_draw, places=places, predicted=predicted, labels=labels, names=names),
             )

@@ -2,9 +2,10 @@
 
     python -m analysis.features runs/fashion_mnist_sparse-0
 
-Activation maximisation by Adam (rate .05, 1024 steps) over random jitter (8 pixels), scale (.95 to
-1.05), rotation (5 degrees) and jitter again (4), many channels and members in one batch. The picture
-of a channel is the same alone and in a batch: its random numbers are its own, and members share them.
+Activation maximisation by Adam (rate .05, 1024 steps) over random jitter (8 pixels), scale (.95
+to 1.05), rotation (5 degrees) and jitter again (4), many channels and members in one batch. The
+picture of a channel is the same alone and in a batch: its random numbers are its own, and members
+share them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m analysis.hashes runs/benchmark_features/cells/* --last 2
 
 Pictures of every channel of the last convolution, and SmoothGrad maps of test images, hashed by
-ImageHash; the distance of two members is the number of bits that differ, mean over pictures. Runs of
-one name and several seeds are one row: mean ± standard error over seeds. `same network` is what
+ImageHash; the distance of two members is the number of bits that differ, mean over pictures. Runs
+of one name and several seeds are one row: mean ± standard error over seeds. `same network` is what
 another seed of the visualisation alone gives.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -110,7 +110,7 @@ class Plan:
     last: int = 0
     channels: int = 0
     images: int = 500
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     layer: str | None = None
 
 
@@ -232,8 +232,8 @@ def find(runs: Sequence[Run], plan: Plan | None = None, *, progress: bool = Fals
     frame = pd.DataFrame(records)
     names = list(dict.fromkeys(run.name for run in runs))
     text = [
-        "Mean over pairs of members and pictures; ± is the standard error over seeds. Hashes have 64 "
-        f"bits, colour 42. {SAME}: pictures of one network that were started from other noise.",
+        "Mean over pairs of members and pictures; ± is the standard error over seeds. Hashes have "
+        f"64 bits, colour 42. {SAME}: pictures of one network that were started from other noise.",
     ]
     if "sparse" in names:
         for other in names:

@@ -63,7 +63,7 @@ def directions(
 
 @dataclass(frozen=True)
 class Landscape:
-    """A network, the samples its loss is taken on, and two directions. Rows can be made anywhere."""
+    """A network, samples to take its loss on, and two directions. Rows can be made anywhere."""
 
     network: nn.Module
     x: Tensor
