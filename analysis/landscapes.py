@@ -165,7 +165,8 @@ def lines(run: Run, child: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     pairs = [("parent to tuned child", run.parent, child)]
     members = [(m.recipe.label, dict(run.networks())[m.recipe.id]) for m in run.record.members]
     labels = [label for label, _ in members]
-    double = next((label for label in labels if labels.count(label) > 1), None)
+    several = [label for label in labels if labels.count(label) > 1]
+    double = next((label for label in several if "sparse" in label), next(iter(several), None))
     like = [network for label, network in members if label == double]
     if double:
         pairs.append((f"{double} member to its sibling", like[0], like[1]))
