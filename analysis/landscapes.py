@@ -101,7 +101,7 @@ def _flat(figure: Figure, surfaces: Mapping[str, np.ndarray], span: float) -> No
         axes.set_xlabel("a")
     panels[0].set_ylabel("b")
     bar = figure.colorbar(filled, ax=list(panels), shrink=0.85, label="loss, nats")
-    ticks = levels[::3]
+    ticks = [float(level) for level in levels[::3]]
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
 
 
@@ -113,8 +113,8 @@ def _solid(figure: Figure, surfaces: Mapping[str, np.ndarray], span: float) -> N
         axes = figure.add_subplot(1, len(surfaces), i + 1, projection="3d")
         steps = np.linspace(-span, span, len(losses))
         a, b = np.meshgrid(steps, steps)
-        height = np.log10(losses.clip(norm.vmin, norm.vmax))
-        axes.plot_surface(  # type: ignore[attr-defined]
+        height = np.log10(losses.clip(10**low, 10**high))
+        axes.plot_surface(
             a,
             b,
             height,
@@ -126,13 +126,13 @@ def _solid(figure: Figure, surfaces: Mapping[str, np.ndarray], span: float) -> N
             lw=0.1,
             rasterized=True,
         )
-        axes.set_zlim(low, high)  # type: ignore[attr-defined]
+        axes.set_zlim(low, high)
         axes.set_title(name, fontsize=9, pad=-4)
         axes.tick_params(labelsize=6, pad=-3)
-        axes.set_zticks([low, high], [f"{10**low:.2g}", f"{10**high:.2g}"])  # type: ignore[attr-defined]
+        axes.set_zticks([low, high], [f"{10**low:.2g}", f"{10**high:.2g}"])
         axes.set_xticks([-span, 0, span])
         axes.set_yticks([-span, 0, span])
-        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):  # type: ignore[attr-defined]
+        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
             axis.pane.set_alpha(0.0)
 
 

@@ -32,5 +32,7 @@ def points(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def load() -> Data:
     """Training, validation and test points."""
-    splits = [Split(*points(count, seed)) for seed, count in enumerate((2500, 250, 250))]
-    return Data("spirals of 4.3.1", *splits, num_classes=2, preprocess=Preprocess())
+    train, validation, test = (
+        Split(*points(count, seed)) for seed, count in enumerate((2500, 250, 250))
+    )
+    return Data("spirals of 4.3.1", train, validation, test, 2, Preprocess())
