@@ -52,13 +52,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that one analysis has to say; `name` is the module's."""
+    """All that one analysis has to say; `name` is the module's. `data` is for other programs only:
+    long tables that are not shown."""
 
     name: str
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    data: Sequence[Table] = ()
 
     def write(self, place: RunFolder) -> list[str]:
         """Every table as CSV and Markdown, every picture as PNG and SVG; returns the files' names.
@@ -67,8 +69,9 @@ class Findings:
             ValueError: the folder cannot be written.
         """
         files: dict[str, bytes] = {}
-        for table in self.tables:
+        for table in (*self.tables, *self.data):
             files[f"{table.name}.csv"] = table.csv().encode()
+        for table in self.tables:
             files[f"{table.name}.md"] = f"{table.title}\n\n{table.markdown()}\n".encode()
         for picture in self.pictures:
             files[f"{picture.name}.png"] = picture.png()

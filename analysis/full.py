@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from analysis import (
@@ -70,7 +71,10 @@ def _section(found: Findings) -> Section:
     return Section(
         title=found.title,
         text=found.text,
-        tables=[_table(table) for table in found.tables],
+        tables=[
+            *(_table(table) for table in found.tables),
+            *(replace(_table(table), rows=[]) for table in found.data),
+        ],
         figures=[(one.title, one.svg(), one.caption) for one in found.pictures],
     )
 

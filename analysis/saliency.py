@@ -104,11 +104,10 @@ def check(run: Run) -> None:
     Raises:
         ValueError: they are not.
     """
-    shape = tuple(run.ensemble.preprocess.mean), run.images(1)[0].shape
-    if len(shape[1]) != 4:
+    shape = tuple(run.images(1)[0].shape[1:])
+    if len(shape) != 3:
         raise ValueError(
-            f"RUN: {run.folder}: needs images (channels, H, W), its inputs are "
-            f"{tuple(shape[1][1:])}"
+            f"RUN: {run.folder}: needs images (channels, H, W), its inputs are {shape}"
         )
 
 

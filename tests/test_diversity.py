@@ -173,6 +173,9 @@ def test_the_command_on_a_copy(
     assert "| sparse | 2 |" in capsys.readouterr().out
     written = {path.name for path in (copy / "analysis").iterdir()}
     assert {"diversity.csv", "diversity.md", "heat_correlation.png", "heat_kl.svg"} <= written
+    pairs = pd.read_csv(copy / "analysis/pairs.csv")
+    assert len(pairs) == 4 * 4 + 2 * 2 + 2 * 2
+    assert (pairs[pairs["member"] == pairs["other"]]["disagreement"] == 0).all()
     table = pd.read_csv(copy / "analysis/diversity.csv")
     assert set(table["ensemble"]) == {"noisy", "sparse", "stochastic"}
 
