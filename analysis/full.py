@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis import (
@@ -21,15 +21,33 @@ from analysis import (
     landscapes,
     saliency,
 )
+from analysis.features import Settings
 from analysis.findings import Findings, Table
 from analysis.folders import Run
 from ray_subnets import report
 from ray_subnets.report import Section, SectionTable
 
-_MEMBERS = 4  # that are looked into
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done of each: minutes for a small network."""
+
+    members: int = 4
+    """that are looked into"""
+    samples: int = 600
+    """of the test data, for clusters"""
+    images: int = 100
+    """for distances of saliency maps"""
+    channels: int = 12
+    steps: int = 1024
+    """of each feature visualisation"""
+    side: int = 13
+    """points along each direction of a landscape"""
 
 
-def sections(run: Run, say: Callable[[str], None] = lambda line: None) -> list[Section]:
+def sections(
+    run: Run, say: Callable[[str], None] = lambda line: None, sizes: Sizes | None = None
+) -> list[Section]:
     """Everything that can be said of this run, and what cannot.
 
     Args:
@@ -39,14 +57,18 @@ def sections(run: Run, say: Callable[[str], None] = lambda line: None) -> list[S
         ValueError: the results cannot be written.
     """
     place = findings.place(None, [str(run.folder)])
-    plan = hashes.Plan(last=_MEMBERS, channels=12, images=100)
+    much = sizes or Sizes()
+    how = Settings(steps=much.steps)
+    plan = hashes.Plan(last=much.members, channels=much.channels, images=much.images, settings=how)
     steps: dict[str, Callable[[], Findings]] = {
         "diversity": lambda: diversity.find([run], groups=len(run.groups) > 1),
-        "clusters": lambda: clusters.find(run),
-        "saliency": lambda: saliency.find(run, count=100, most=_MEMBERS),
-        "features": lambda: features.find(run, most=_MEMBERS),
+        "clusters": lambda: clusters.find(run, count=much.samples),
+        "saliency": lambda: saliency.find(run, count=much.images, most=much.members),
+        "features": lambda: features.find(
+            run, shown=much.channels, most=much.members, settings=how
+        ),
         "hashes": lambda: hashes.find([run], plan),
-        "landscapes": lambda: landscapes.find(run, place, side=13, samples=300),
+        "landscapes": lambda: landscapes.find(run, place, side=much.side, samples=300),
         "boundaries": lambda: boundaries.find(run),
     }
     found, absent = [], []
@@ -89,11 +111,15 @@ def _table(table: Table) -> SectionTable:
     )
 
 
-def write(run: str | Path, say: Callable[[str], None] = lambda line: None) -> str:
+def write(
+    run: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+    sizes: Sizes | None = None,
+) -> str:
     """`report.html` with all of it; returns where it is.
 
     Raises:
         ValueError: not a finished run, or the results cannot be written.
     """
     opened = Run.open(run)
-    return report.write(opened.folder, sections(opened, say))
+    return report.write(opened.folder, sections(opened, say, sizes))

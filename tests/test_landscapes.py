@@ -13,7 +13,6 @@ from tiny import run_serial, tiny
 from torch import Tensor, nn
 
 from analysis import full, landscapes, surfaces
-from analysis.folders import Run
 from ray_subnets import models
 from ray_subnets.checkpoints import RunFolder
 
@@ -161,11 +160,10 @@ def test_the_whole_page(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     run_serial(tiny(), RunFolder.create(folder))
     torch.use_deterministic_algorithms(True, warn_only=True)  # see test_seen
+    small = full.Sizes(members=2, samples=40, images=4, channels=2, steps=2, side=3)
+    said: list[str] = []
     try:
-        said: list[str] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(full.features.Settings, "__init__", _few(full.features.Settings.__init__))
-            page = Path(full.write(folder, said.append))
+        page = Path(full.write(folder, said.append, small))
     finally:
         torch.use_deterministic_algorithms(True)
     text = page.read_text()
@@ -184,15 +182,3 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert not re.search(r'(?:src|href)="https?://', text.replace("http://www.w3.org", ""))
     assert len(said) == 7
     assert (folder / "analysis/landscape_2d.png").exists()
-    assert Run.open(folder).selected
-    fresh = landscapes.find(Run.open(folder), RunFolder(folder / "analysis"), side=13, samples=300)
-    assert fresh.tables[0].rows[0][0] == "parent"
-
-
-def _few(real):  # type: ignore[no-untyped-def]
-    """Settings of three steps."""
-
-    def made(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        real(self, *args, **{"steps": 3, **kwargs})
-
-    return made
