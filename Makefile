@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.sweeps
 	$(BIN)/python -m analysis.benchmarks.rollouts
 	$(BIN)/python -m analysis.benchmarks.members
+	$(BIN)/python -m analysis.benchmarks.features
 	$(BIN)/python -m analysis.benchmarks.serving
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.

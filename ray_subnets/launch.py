@@ -7,6 +7,7 @@ characters that a shell would change, since `ray submit` joins them unquoted.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -314,13 +315,33 @@ def evaluate(run: RunArgument) -> None:
 
 
 @app.command(no_args_is_help=True)
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="with everything of analysis/: diversity, clusters, saliency, features, hashes, "
+            "landscapes or boundaries; minutes",
+        ),
+    ] = False,
+) -> None:
     """Write report.html of a finished run again and say where it is."""
     from ray_subnets import report as report_
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run, needs="result.json")
-    out.print(str(report_.write(folder)), soft_wrap=True)
+    if not full:
+        out.print(str(report_.write(folder)), soft_wrap=True)
+        return
+    try:  # the analyses stand above this package, which does without them
+        write = importlib.import_module("analysis.full").write
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--full: {error.name} is not installed; pip install 'ray_subnets[analysis]'"
+        ) from None
+    sys.path.append(str(Path.cwd()))
+    out.print(write(run, say=lambda line: err.print(line, style="dim", highlight=False)))
 
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
