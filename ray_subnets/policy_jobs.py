@@ -74,7 +74,7 @@ class Player:
     """Who plays: actors that choose together, or chance."""
 
     name: str
-    """`parent`, a child's id, `noisy (vote)`; unique among those that choose alike"""
+    """`parent`, a child's id, `noisy, vote`; unique among those that choose alike"""
     kind: Literal["random", "parent", "child", "ensemble"]
     members: tuple[Member, ...] = ()
     """none: every action is as likely"""

@@ -43,7 +43,7 @@ def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "record": record,
         "config": folder.read(CONFIG).decode(),
-        "headings": policy_table.HEADINGS,
+        "headings": policy_table.headings(record),
         "tables": [
             (
                 policy_table.title(one),

@@ -94,7 +94,7 @@ def players(config: PolicyConfig, results: Mapping[str, Result], choose: Any) ->
         for combine in config.evaluate.combine:
             found.append(
                 Player(
-                    name=f"{label} ensemble, {WORDS[combine]}",
+                    name=f"{label}, {WORDS[combine]}",
                     kind="ensemble",
                     members=tuple(some),
                     combine=combine,

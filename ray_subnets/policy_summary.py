@@ -51,7 +51,7 @@ def load_lines(
 
 
 def mean_child(lines: Sequence[Line], group: str) -> Line | None:
-    """The children of a group as one: on each level the mean of their returns."""
+    """The mean child of a group: on each level the mean of their returns."""
     played = [
         one.played for one in lines if (one.player.kind, one.player.group) == ("child", group)
     ]
@@ -60,7 +60,7 @@ def mean_child(lines: Sequence[Line], group: str) -> Line | None:
     returns = np.stack([one.returns for one in played]).mean(0)
     lengths = np.stack([one.lengths for one in played]).mean(0)
     choose = lines[0].player.choose
-    player = Player(name=f"{group} child (mean)", kind="child", choose=choose, group=group)
+    player = Player(name=f"{group} child", kind="child", choose=choose, group=group)
     return Line(player, Played(returns, lengths, played[0].levels))
 
 

@@ -11,11 +11,11 @@ from ray_subnets.table import empty
 
 LEGEND = (
     "nets: networks asked for one action. Brackets: 95 % bootstrap intervals of the mean over "
-    "episodes. Minus parent: in pairs of episodes, on the same levels with the same random "
-    "numbers; then in how many the return was larger, and in how many smaller."
+    "episodes. - parent: mean difference in pairs of episodes, on the same levels with the same "
+    "random numbers; +/-: pairs in which the return was larger, and smaller. A child: the mean "
+    "over the children of a kind."
 )
 NORMALISED = "scaled: 0 and 1 are the returns named in appendix C of the ProcGen paper."
-HEADINGS = ("nets", "return", "95 %", "scaled", "minus parent", "95 %", "more/less")
 
 
 def shown(players: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -25,19 +25,28 @@ def shown(players: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(few, key=lambda one: order.index(one["kind"]))
 
 
+def headings(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a table's columns, after the name."""
+    scaled = ("scaled",) if _scaled(record) else ()
+    return ("nets", "return", "95 %", *scaled, "- parent", "95 %", "+/-")
+
+
+def _scaled(record: Mapping[str, Any]) -> bool:
+    return record["evaluation"][0]["players"][0]["normalised"] is not None
+
+
 def cells(player: Mapping[str, Any]) -> tuple[str, ...]:
-    """One player's numbers, as `HEADINGS`."""
+    """One player's numbers, as `headings`."""
     scaled, off = player["normalised"], player["difference"]
-    nets = str(player["members"]) if player["members"] else "0" * (player["kind"] == "random")
     return (
-        nets,
-        f"{player['mean']:.2f}",
-        f"[{player['low']:.2f}, {player['high']:.2f}]",
-        f"{scaled['mean']:.3f}" if scaled else "",
+        str(player["members"]) if player["members"] else "",
+        f"{player['mean']:.4g}",
+        f"[{player['low']:.4g}, {player['high']:.4g}]",
+        *((f"{scaled['mean']:.3f}",) if scaled else ()),
         *(
             (
-                f"{off['mean']:+.2f}",
-                f"[{off['low']:+.2f}, {off['high']:+.2f}]",
+                f"{off['mean']:+.3g}",
+                f"[{off['low']:+.3g}, {off['high']:+.3g}]",
                 f"{off['better']}/{off['worse']}",
             )
             if off
@@ -57,7 +66,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     """One for each set of levels and way to choose."""
     found = []
     for one in record["evaluation"]:
-        table = empty(f"{record['name']}: {record['env']['id']}, {title(one)}", HEADINGS)
+        table = empty(f"{record['name']}: {record['env']['id']}, {title(one)}", headings(record))
         for player in shown(one["players"]):
             style = "bold" if player["kind"] == "ensemble" else None
             table.add_row(player["name"], *cells(player), style=style)
@@ -66,8 +75,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 def legend(record: Mapping[str, Any]) -> str:
-    scaled = any(p["normalised"] for one in record["evaluation"] for p in one["players"])
-    return f"{LEGEND} {NORMALISED}" if scaled else LEGEND
+    return f"{LEGEND} {NORMALISED}" if _scaled(record) else LEGEND
 
 
 def verdict(record: Mapping[str, Any]) -> list[str]:
@@ -83,7 +91,7 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
         else:
             word = "within chance of"
         lines.append(
-            f"{one['levels']} levels, {one['choose']}: {first['name']} is {word} its parent "
+            f"{one['levels']} levels, {one['choose']}: {first['name']} of {first['members']}, is {word} its parent "
             f"({off['mean']:+.2f} [{off['low']:+.2f}, {off['high']:+.2f}], {off['pairs']} pairs)."
         )
     return lines
