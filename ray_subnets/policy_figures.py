@@ -36,8 +36,9 @@ def curves(parent: Sequence[Iteration], tuned: Mapping[str, Sequence[Sequence[It
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2 if tuned else 1, sharey=True, squeeze=False)[0]
         left = panels[0]
-        dots = [(one.steps, one.mean_return) for one in parent if one.returns]
-        left.scatter(*zip(*dots, strict=True), s=5, alpha=0.3, color=BLUE, lw=0)
+        ended = [one for one in parent if one.returns]
+        means = [float(np.mean(one.returns)) for one in ended]
+        left.scatter([one.steps for one in ended], means, s=5, alpha=0.3, color=BLUE, lw=0)
         left.plot(*_moving(parent), color=BLUE, label=f"mean of {WINDOW} episodes")
         left.set_title("parent", fontsize=9)
         left.set_ylabel("return in training")

@@ -90,9 +90,10 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
             word = "lower than"
         else:
             word = "within chance of"
+        interval = f"[{off['low']:+.2f}, {off['high']:+.2f}], {off['pairs']} pairs"
         lines.append(
-            f"{one['levels']} levels, {one['choose']}: {first['name']} of {first['members']}, is {word} its parent "
-            f"({off['mean']:+.2f} [{off['low']:+.2f}, {off['high']:+.2f}], {off['pairs']} pairs)."
+            f"{one['levels']} levels, {one['choose']}: {first['name']} of {first['members']}, is "
+            f"{word} its parent ({off['mean']:+.2f} {interval})."
         )
     return lines
 
