@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import benchmarkfile, configfile, models, sweepfile
+from ray_subnets import benchmarkfile, configfile, models, policyfile, sweepfile
 from ray_subnets.checkpoints import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,12 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         benchmark = benchmarkfile.load(str(path))
         assert benchmark.name == path.stem
         assert benchmarkfile.parse(benchmark.to_yaml(), "again") == benchmark
+        return
+    text = path.read_text()
+    if policyfile.is_policy(configfile.record_of(text, path.name)):
+        policy = policyfile.parse(text, path.name)
+        assert policy.name == path.stem
+        assert policyfile.parse(policy.to_yaml(), "again") == policy
         return
     settings = configfile.load(str(path))
     assert settings.name == path.stem
