@@ -16,6 +16,8 @@ from ray_subnets.options import on_head
 
 if TYPE_CHECKING:
     from ray_subnets.checkpoints import RunFolder
+    from ray_subnets.data import Data
+    from ray_subnets.policy_sweepfile import PolicySweep
     from ray_subnets.policyfile import PolicyConfig
 
 out = Console()
@@ -176,3 +178,104 @@ def refuse(folder: RunFolder, command: str) -> None:
             f"{command}: {folder} is a policy's run, and this is for classifiers; its report.html "
             "and result.json have the numbers"
         )
+
+
+# --- sweeps -------------------------------------------------------------------------------------
+
+
+def sweeps(config: str, overrides: list[str]) -> bool:
+    """Is this file, shipped config, or folder a policies' sweep?
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    from ray_subnets import configfile, policy_sweepfile
+    from ray_subnets.checkpoints import CONFIG
+
+    path = Path(config) / CONFIG
+    if not path.is_file():
+        path = configfile.find(config)
+    record = configfile.record_of(configfile.text_of(path), path.name, overrides)
+    return policy_sweepfile.is_policy_sweep(record)
+
+
+def sweep(
+    config: str,
+    overrides: list[str],
+    folder: str | None,
+    *,
+    overwrite: bool,
+    serial: bool,
+    address: str | None,
+    quiet: bool,
+) -> None:
+    """Every cell of a grid with every seed."""
+    from ray_subnets import configfile, policy_sweep, policy_sweepfile
+    from ray_subnets.checkpoints import CONFIG, RunFolder
+    from ray_subnets.storage import join
+    from ray_subnets.table import empty
+
+    sys.path.insert(0, str(Path.cwd()))  # the user's own model and environment modules
+    path = Path(config) / CONFIG
+    if path.is_file():
+        if overrides or folder or overwrite:
+            raise ValueError(
+                "CONFIG: a sweep goes on as it was begun; leave settings, --out and --overwrite out"
+            )
+        settings = policy_sweepfile.parse(configfile.text_of(path), str(path))
+        data, target = policy_sweep.check(settings), RunFolder(config)
+    else:
+        path = configfile.find(config)
+        settings = policy_sweepfile.parse(configfile.text_of(path), path.name, overrides)
+        where = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
+        RunFolder.check_free(where, overwrite=overwrite)
+        data = policy_sweep.check(settings)
+        target = RunFolder.create(where, overwrite=overwrite)
+    record = _swept(settings, data, target, serial, address, quiet)
+    for title, rows in policy_sweep.shown(record):
+        table = empty(f"{record['name']}: {title}", policy_sweep.HEADINGS)
+        for told, cells in rows:
+            table.add_row(told, *cells)
+        out.print(table)
+    for trial in record["trials"]:
+        if trial["error"]:
+            line = f"Failed: {trial['values']}: {trial['error']}"
+            out.print(line, highlight=False, markup=False, style="yellow")
+    out.print(f"Page: {target.path(policy_sweep.PAGE)}", soft_wrap=True)
+
+
+def _swept(
+    settings: PolicySweep,
+    data: Data,
+    folder: RunFolder,
+    serial: bool,
+    address: str | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    from ray_subnets import policy_sweep, progress
+    from ray_subnets.policy_cells import PolicyCellWorker
+    from ray_subnets.pools import SerialPool
+    from ray_subnets.trials import device_here
+
+    first = settings.config(settings.cells()[0], settings.section.seeds[0])
+    with progress.view(policy_sweep.jobs(settings), err, quiet=quiet) as view, ExitStack() as stack:
+        try:
+            if serial:
+                worker = PolicyCellWorker(first.task(str(folder)), data, device_here(first))
+                return policy_sweep.run(settings, folder, SerialPool(worker), listen=view)
+            from ray_subnets.distributed import cluster
+            from ray_subnets.distributed import policies as on_ray
+
+            stack.enter_context(cluster.session(address))
+            return on_ray.sweep(
+                *(settings, data, folder),
+                listen=view,
+                notify=view.note,
+                watch=view.status,
+                growing=address not in (None, "local"),
+            )
+        except KeyboardInterrupt:
+            err.print(
+                f"Stopped. What was computed is kept: ray-subnets sweep {folder}", soft_wrap=True
+            )
+            raise typer.Exit(130) from None

@@ -116,3 +116,51 @@ def differences(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
     height = 1.1 + 0.3 * len(names)
     return svg("differences", (7.2, height), draw, "Paired differences from the parent")
+
+
+def sweep(keys: Mapping[str, Sequence[Any]], trials: Sequence[Mapping[str, Any]]) -> str:
+    """What the first ensemble gains over its parent, against a swept number.
+
+    Args:
+        keys: what is swept; the number with most values is the axis, words make panels, and other
+            numbers lines.
+        trials: cells with an `evaluation`; its last entry with the first way to choose is drawn.
+    """
+    numeric = [key for key, values in keys.items() if not any(isinstance(v, str) for v in values)]
+    along = max(numeric, key=lambda key: len(keys[key]), default=None)
+    words = [key for key in keys if key not in numeric]
+    others = [key for key in numeric if key != along]
+
+    def label(trial: Mapping[str, Any], names: Sequence[str]) -> str:
+        return " ".join(f"{name.split('.')[-1]} {trial['values'][name]}" for name in names)
+
+    panels: dict[str, dict[str, list[tuple[float, Mapping[str, float]]]]] = {}
+    for trial in trials:
+        first = trial["evaluation"][0]["choose"]
+        one = [one for one in trial["evaluation"] if one["choose"] == first][-1]
+        row = next(row for row in one["players"] if row["kind"] == "ensemble")
+        at = float(trial["values"][along]) if along else 0.0
+        lines = panels.setdefault(label(trial, words), {})
+        lines.setdefault(label(trial, others), []).append((at, row["difference"]))
+
+    def draw(figure: Figure) -> None:
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+            axes.axhline(0, color=INK, lw=0.8, alpha=0.6)
+            for name, points in lines.items():
+                points = sorted(points, key=lambda point: point[0])
+                means = [off["mean"] for _, off in points]
+                reach = [
+                    [off["mean"] - off["low"] for _, off in points],
+                    [off["high"] - off["mean"] for _, off in points],
+                ]
+                xs = [at for at, _ in points]
+                axes.errorbar(xs, means, yerr=reach, fmt="o-", ms=4, capsize=3, label=name)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel((along or "").split(".")[-1])
+            axes.grid(alpha=0.25)
+            if others:
+                axes.legend(fontsize=7)
+        all_axes[0].set_ylabel("return minus the parent's")
+
+    return svg("sweep", (max(4.2, 3.4 * len(panels)), 3.0), draw, "Ensemble minus parent")

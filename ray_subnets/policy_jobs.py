@@ -5,7 +5,7 @@ Frozen dataclasses of plain numbers and strings, as in `recipes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -118,6 +118,28 @@ class Film:
     @property
     def epochs(self) -> int:
         return 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyCell:
+    """A cell of a sweep with one seed: a run of its own, of a parent that other cells share."""
+
+    id: str
+    settings: Mapping[str, Any]
+    """of the run"""
+    parent: str
+    """folder of the parent, in the sweep's"""
+    alone: bool = False
+    """train that parent, no more"""
+    rollouts: int = 0
+    """of the parent, if it is trained"""
+
+    @property
+    def epochs(self) -> int:
+        return self.rollouts
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,7 +34,8 @@ def load_policy(
     config, record = policy_run.config_of(folder), folder.read_json("result.json")
     shape, actions = record["env"]["observation_shape"], record["env"]["num_actions"]
     build = partial(models.build, config.model.name, shape, actions, config.model.options, seed=0)
-    parent = folder.load_tensors(Stored(**record["parent"]["weights"]))
+    home = RunFolder(record["parent"]["folder"] or str(folder))
+    parent = home.load_tensors(Stored(**record["parent"]["weights"]))
     if group == "parent":
         members = [Member()]
     else:

@@ -76,6 +76,8 @@ def _table(one: Mapping[str, Any]) -> tuple[str, list[tuple[Mapping[str, Any], t
 
 def curve(folder: RunFolder, training: Mapping[str, Any]) -> list[Iteration]:
     """The learning curve of the parent, or of a tuned child."""
+    if training.get("folder"):
+        folder = RunFolder(training["folder"])
     return read_curve(folder.read(Stored(**training["curve"])))
 
 

@@ -175,19 +175,21 @@ def run(
     folder: RunFolder,
     pool: Pool,
     *,
+    parent: RunFolder | None = None,
     listen: Listener = lambda report: None,
 ) -> dict[str, Any]:
     """Do every job that has no result yet; write `result.json` and return its content.
 
     Args:
         data: from `check`.
+        parent: where the parent is, if that is not this folder: runs may share one.
         listen: called with every report, for progress and logs.
 
     Raises:
         ValueError: the parent diverged, no child is left, or an episode does not end. What was
             computed stays in the folder.
     """
-    doing = steps(config, data, folder, pool)
+    doing = steps(config, data, folder, pool, parent=parent)
     while True:
         try:
             listen(next(doing))
@@ -197,12 +199,18 @@ def run(
 
 
 def steps(
-    config: PolicyConfig, data: Data, folder: RunFolder, pool: Pool
+    config: PolicyConfig,
+    data: Data,
+    folder: RunFolder,
+    pool: Pool,
+    *,
+    parent: RunFolder | None = None,
 ) -> Generator[Report, None, dict[str, Any]]:
     """`run`, report by report; the generator's return value is the content of `result.json`."""
     began = time.time()
     results: dict[str, Result] = {}
-    yield from _work(config, folder, pool, results)
+    home = parent or folder
+    yield from _work(config, folder, home, pool, results)
     if not any(one.kind == "ensemble" for one in players(config, results, "sample")):
         first = next(result.error for result in results.values() if result.error)
         raise ValueError(f"children: every child failed; the first: {first}")
@@ -211,7 +219,7 @@ def steps(
     every = [match for some in playing.values() for match in some]
     stored = results["parent"].weights
     assert stored
-    size = sum(one.numel() for one in folder.load_tensors(stored).values())
+    size = sum(one.numel() for one in home.load_tensors(stored).values())
     start = min(result.started for result in results.values())
     record = {
         "kind": "policy",
@@ -219,7 +227,7 @@ def steps(
         "seed": config.seed,
         "env": asdict(config.env)
         | {"observation_shape": list(data.input_shape), "num_actions": data.num_classes},
-        "parent": training(results["parent"], start),
+        "parent": training(results["parent"], start) | {"folder": str(parent) if parent else None},
         "children": children(config.specs(), results, start),
         "evaluation": evaluation(
             {key: load_lines(folder, some, results) for key, some in playing.items()},
@@ -245,15 +253,20 @@ def _film(result: Result | None, levels: str) -> dict[str, Any]:
 
 
 def _work(
-    config: PolicyConfig, folder: RunFolder, pool: Pool, results: dict[str, Result]
+    config: PolicyConfig,
+    folder: RunFolder,
+    home: RunFolder,
+    pool: Pool,
+    results: dict[str, Result],
 ) -> Iterator[Report]:
-    """Do every job; finished ones are read from the folder. Results join `results`."""
+    """Do every job; finished ones are read from the folder, the parent from its `home`. Results
+    join `results`."""
     waiting = {job.id for job in config.child_jobs()}
 
     def submit(jobs: Iterable[Job]) -> Iterator[Report]:
         for job in jobs:
             said: list[str] = []
-            known = stored_result(folder, job, said.append)
+            known = stored_result(home if job.id == "parent" else folder, job, said.append)
             yield from (Note(job.id, line) for line in said)
             if known is None:
                 pool.submit(job)
@@ -265,7 +278,7 @@ def _work(
         yield result
         if result.id == "parent":
             assert result.weights
-            pool.share(flatten(folder.load_tensors(result.weights)))
+            pool.share(flatten(home.load_tensors(result.weights)))
             yield from submit(sorted(config.child_jobs(), key=lambda job: -job.epochs))
             yield from submit(_playing(config, results, tuned=False))
             if not config.child_jobs():

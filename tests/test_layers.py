@@ -47,11 +47,11 @@ FLOORS = [
     ["cascade"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells", "policy_run"],
-    ["benchmark", "policy_members"],
+    ["benchmark", "policy_members", "policy_cells", "policy_sweepfile"],
     ["plan_table", "sweep"],
     ["table", "figures", "evaluation", "events", "progress", "dashboard", "benchmarkframe"],
     ["benchmarkcolumns", "benchmarkfigures", "policy_figures", "policy_table"],
-    ["benchmarkverdict", "policy_report"],
+    ["benchmarkverdict", "policy_report", "policy_sweep"],
     ["report", "sweepreport", "sweeptable", "benchmarktable"],
     ["benchmarkreport"],
     ["sweepmonitor"],
@@ -70,7 +70,8 @@ FLOORS = [
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
     ["distributed.policies"],
     ["distributed.sweeps"],
-    ["api", "commands_sweep", "commands_benchmark", "commands_policy"],
+    ["api", "commands_benchmark", "commands_policy"],
+    ["commands_sweep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
