@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu test-cluster chaos check bench fashion study map clean
+.PHONY: setup demo test test-gpu test-cluster chaos check bench docs fashion study map clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
+# The API reference, from the docstrings, in build/docs.
+docs: setup
+	$(BIN)/python docs/build.py build/docs
+
 # Faults of many kinds in real runs, as the README's table.
 chaos: setup
 	$(BIN)/python tests/faults/chaos.py
@@ -50,6 +54,7 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.trust_region
 	$(BIN)/python -m analysis.benchmarks.sweeps
 	$(BIN)/python -m analysis.benchmarks.rollouts
+	$(BIN)/python -m analysis.benchmarks.serving
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
 fashion: setup

@@ -29,7 +29,7 @@ from ray_subnets import configfile, driver, members, networks, sources
 from ray_subnets import progress as progress_
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
-from ray_subnets.config import Config
+from ray_subnets.config import GIVEN, Config
 from ray_subnets.data import Data, Preprocess
 from ray_subnets.ensembles import Ensemble
 from ray_subnets.methods import Method, groups_of, training
@@ -37,7 +37,7 @@ from ray_subnets.pools import SerialPool
 from ray_subnets.population import Worker
 from ray_subnets.recipes import Training
 
-_WEIGHTS, _GIVEN = "given.safetensors", "given.json"
+_GIVEN = "given.json"
 
 
 def ensemble(
@@ -241,7 +241,7 @@ def _folder(
         reason = str(error).removeprefix("--out: ").split("; choose")[0]
         raise ValueError(f"folder: {reason}; name a new folder") from None
     if weights:
-        folder.write(_WEIGHTS, content)
+        folder.write(GIVEN, content)
     folder.write_json(_GIVEN, say)
     return folder, keep
 
@@ -287,7 +287,7 @@ def _run(
     show: bool,
 ) -> dict[str, Any]:
     """The run, here or on Ray; what is in `result.json`."""
-    weights = _WEIGHTS if weighted else None
+    weights = GIVEN if weighted else None
     with progress_.view(driver.jobs(config), Console(), quiet=not show) as view, ExitStack() as up:
         if on:
             from ray_subnets.distributed import cluster

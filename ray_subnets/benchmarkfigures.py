@@ -46,7 +46,7 @@ def against_cost(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _limit(axes, [point.y for point in points], low)
+        _limit(axes, points, low)
         bottom, top = axes.get_ylim()
         clipped = [min(max(point.y, bottom), top) for point in points]
         for kind, (marker, colour, told) in _MARKS.items():
@@ -82,13 +82,18 @@ def against_cost(
     return svg(name, size, draw, f"{y_label} against {x_label}")
 
 
-def _limit(axes: Axes, values: Sequence[float], low: bool) -> None:
+def _limit(axes: Axes, points: Sequence[Point], low: bool) -> None:
     """Limits of y that one bad method does not stretch: it is drawn at their edge."""
+    values = [point.y for point in points]
     best, worst = (min(values), max(values)) if low else (max(values), min(values))
     reach = 3 * abs(float(np.median(values)) - best)
     end = best + np.sign(worst - best) * reach if 0 < reach < abs(worst - best) else worst
     margin = 0.06 * abs(end - best) or 0.01
-    axes.set_ylim(min(best, end) - margin, max(best, end) + margin)
+    bottom, top = min(best, end), max(best, end)
+    shown = [point for point in points if bottom <= point.y <= top]
+    bottom = min([bottom, *(point.y - point.error for point in shown)])
+    top = max([top, *(point.y + point.error for point in shown)])
+    axes.set_ylim(bottom - margin, top + margin)
 
 
 def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:

@@ -11,6 +11,8 @@ import pandas as pd
 from ray_subnets.benchmarkcolumns import ACCURACY, NLL, Shown, difference, lines_of, p_text
 from ray_subnets.benchmarkframe import MIN_SEEDS, single, tables
 
+_FEW = 4  # names that a sentence takes
+
 
 def _listed(labels: Sequence[str]) -> str:
     if any("," in label for label in labels):
@@ -35,12 +37,13 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
         sentences = [_best(record, table, best.iloc[0])]
         if base is not None:
             sentences += _single(table, base)
-        sentences += [
-            f"Beyond the budget ({row['over']}), {row['label']}: NLL {NLL.mean(row)}, "
-            f"{_apart(row, 'nll')}."
+        beyond = [
+            f"{row['label']} ({row['over']}) {NLL.mean(row)}, {_apart(row, 'nll')}"
             for row in lines_of(table)
             if row["over"] and row["n"] and row["nll_stands"] != "best"
         ]
+        if beyond:
+            sentences.append(f"NLL beyond the budget: {'; '.join(beyond)}.")
         found.append(f"{where}: " + " ".join(sentences))
     return found
 
@@ -54,11 +57,15 @@ def _best(record: Mapping[str, Any], table: pd.DataFrame, best: pd.Series[Any]) 
     )
     others = within[within["nll_stands"] != "best"] if len(within) else table.drop(best.name)
     stands = {kind: list(rows["label"]) for kind, rows in others.groupby("nll_stands")}
-    if stands.get("same"):
-        text += f" Not distinguishable from it: {_listed(stands['same'])}."
-    elif stands.get("apart"):
-        count = len(stands["apart"])
-        text += f" Every other that could be tested ({count}) is worse."
+    same, apart = stands.get("same", []), stands.get("apart", [])
+    if len(same) > len(apart) > 0:  # the shorter list says as much
+        text += f" Worse: {_listed(apart)}. Not distinguishable from it: the {len(same)} others."
+    elif same and not apart and len(same) > _FEW:
+        text += f" Not distinguishable from it: all {len(same)} others."
+    elif same:
+        text += f" Not distinguishable from it: {_listed(same)}."
+    elif apart:
+        text += f" Every other that could be tested ({len(apart)}) is worse."
     few = [row["label"] for row in lines_of(others) if row["n"] and row["nll_stands"] == "untested"]
     if few:
         text += f" Fewer than {MIN_SEEDS} seeds in common with it, nothing claimed: {_listed(few)}."

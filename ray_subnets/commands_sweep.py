@@ -85,6 +85,8 @@ def sweep(
 
 
 def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bool) -> None:
+    from ray_subnets import driver
+    from ray_subnets.config import GIVEN
     from ray_subnets.sweepmonitor import Monitor, run_here
     from ray_subnets.trials import device_here
 
@@ -92,12 +94,15 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
         if not quiet:
             err.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    first = settings.config(settings.corners()[0], settings.section.seeds[0])
+    if first.weights is not None and not folder.exists(GIVEN):
+        model = driver.build(first, driver.load_data(first))
+        folder.save_tensors(GIVEN, driver.given_weights(first, model) or {})
     monitor = Monitor(folder, settings, notify=notify)
     monitor.write()
     notify(f"Live page: {folder.root / 'sweep.html'}; served: ray-subnets dashboard {folder.root}")
     try:
         if serial or monitor.complete:
-            first = settings.config(settings.corners()[0], settings.section.seeds[0])
             record = run_here(settings, folder, monitor, device=device_here(first))
         else:
             with ExitStack() as stack:

@@ -36,6 +36,9 @@ from ray_subnets.recipes import (
     derive,
 )
 
+GIVEN = "given.safetensors"
+"""in the run folder: the weights that the parent starts from, if they are not drawn"""
+
 
 def named(value: Any) -> Any:
     """`data: digits` is short for `data: {name: digits}`; the same for `model`."""
@@ -147,6 +150,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     data: Annotated[DataSection, BeforeValidator(named)]
     model: Annotated[ModelSection, BeforeValidator(named)]
+    weights: str | None = None
+    """that the parent (and the single model) start from, instead of drawn ones: a file
+    (.safetensors, or a state dict of torch.save), or for torchvision/NAME a name of torchvision's
+    (IMAGENET1K_V1); `parent.epochs: 0` takes them as they are"""
     parent: ParentTraining
     children: Annotated[
         tuple[Annotated[Noisy | Sparse | Stochastic, Field(discriminator="method")], ...],
@@ -262,6 +269,7 @@ class Config(Section):
             threads=self.resources.threads,
             channels_last=self.resources.channels_last,
             import_from=str(Path.cwd()),
+            weights=GIVEN if self.weights is not None else None,
         )
 
     def to_yaml(self) -> str:

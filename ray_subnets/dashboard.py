@@ -23,14 +23,16 @@ PORT = 8271
 FILES = {
     "sweep.html": "text/html; charset=utf-8",
     "sweep.json": "application/json",
+    "benchmark.html": "text/html; charset=utf-8",
     "report.html": "text/html; charset=utf-8",
 }
 """what may be asked for, nothing else"""
+_PAGES = [name for name in FILES if name.endswith(".html")]
 _NAMES = ("localhost", "127.0.0.1")
 
 
 def folders(root: Path) -> list[dict[str, Any]]:
-    """Runs and sweeps in a folder, the newest first: name, kind, state and pages.
+    """Runs, sweeps and benchmarks in a folder, the newest first: name, kind, state and pages.
 
     Args:
         root: a folder of them, or one of them.
@@ -41,20 +43,27 @@ def folders(root: Path) -> list[dict[str, Any]]:
         if not (path / "config.yaml").is_file():
             continue
         sweep = _record(path / "sweep.json")
-        done = (path / "result.json").is_file()
+        kind = "sweep" if sweep else "run"
+        if (path / "benchmark.json").is_file():
+            kind = "benchmark"
+        done = any((path / name).is_file() for name in ("result.json", "benchmark.html"))
         state = str(sweep.get("state", "?")) if sweep else "finished" if done else "not finished"
-        results = len(list((path / "results").glob("*.json")))
+        what, where = (
+            ("cells", "cells/*/ensemble.json")
+            if kind == "benchmark"
+            else ("networks", "results/*.json")
+        )
         found.append(
             {
                 "name": path.name,
                 "at": "." if path == root else quote(path.name),
-                "kind": "sweep" if sweep else "run",
+                "kind": kind,
                 "state": state,
-                "detail": _counted(sweep) if sweep else f"{results} networks done",
+                "detail": _counted(sweep)
+                if sweep
+                else f"{len(list(path.glob(where)))} {what} done",
                 "links": _web(sweep.get("links", {})),
-                "pages": [
-                    page for page in ("sweep.html", "report.html") if (path / page).is_file()
-                ],
+                "pages": [page for page in _PAGES if (path / page).is_file()],
                 "time": max(
                     (file.stat().st_mtime for file in path.iterdir() if file.is_file()), default=0
                 ),

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ray_subnets import configfile, datasets, environment, members, models
+from ray_subnets import configfile, datasets, environment, members, models, pretrained
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.combining import greedy, right_class
-from ray_subnets.config import Config
+from ray_subnets.config import GIVEN, Config
 from ray_subnets.data import Data
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
@@ -79,6 +79,18 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
             anatomy(model, spec, data.input_shape)
 
 
+def given_weights(config: Config, model: nn.Module) -> dict[str, Tensor] | None:
+    """What `weights` names, checked to fit; None if nothing.
+
+    Raises:
+        ValueError: it cannot be read, or is of another network.
+    """
+    if config.weights is None:
+        return None
+    found = pretrained.read(config.weights, config.model.name)
+    return pretrained.fitted(model, found, config.weights)
+
+
 def jobs(config: Config) -> list[RunJob]:
     """Every job of a run: parent, single model (if any), children."""
     single = config.single_job()
@@ -92,12 +104,18 @@ def jobs(config: Config) -> list[RunJob]:
 
 
 def prepare(
-    config: Config, data: Data, folder: RunFolder, network: Blueprint | None = None
+    config: Config,
+    data: Data,
+    folder: RunFolder,
+    network: Blueprint | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Cost:
     """Check that the run can be done, and write what does not depend on it.
 
     Args:
         network: the run's network, if it is not built by name.
+        weights: `given_weights`, if they were read already. A run that goes on has them in its
+            folder.
 
     Raises:
         ValueError: the network does not fit.
@@ -107,6 +125,8 @@ def prepare(
     else:
         check(config, data, model := network.build())
     cost = forward_cost(model, data.input_shape)
+    if config.weights is not None and not folder.exists(GIVEN):
+        folder.save_tensors(GIVEN, weights or given_weights(config, model) or {})
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_benchmark, commands_policy, commands_sweep
+from ray_subnets import commands_benchmark, commands_policy, commands_serve, commands_sweep
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -123,7 +123,8 @@ def run(
     if plan:
         return _plan(settings, target, serial, address)
     RunFolder.check_free(target, overwrite=overwrite)
-    _do(settings, lambda: RunFolder.create(target, overwrite=overwrite), serial, address, quiet)
+    make = lambda: RunFolder.create(target, overwrite=overwrite)  # noqa: E731
+    _do(settings, make, serial, address, quiet, fresh=True)
 
 
 def _plan(config: Config, target: str, serial: bool, address: str | None) -> None:
@@ -221,9 +222,18 @@ def grow(
 
 
 def _do(
-    config: Config, make: Callable[[], RunFolder], serial: bool, address: str | None, quiet: bool
+    config: Config,
+    make: Callable[[], RunFolder],
+    serial: bool,
+    address: str | None,
+    quiet: bool,
+    fresh: bool = False,
 ) -> None:
-    """Run or go on with a run, write the report, show the result."""
+    """Run or go on with a run, write the report, show the result.
+
+    Args:
+        fresh: nothing is in the folder yet.
+    """
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
     from ray_subnets.pools import SerialPool
@@ -233,7 +243,8 @@ def _do(
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     joins = address not in (None, "local")
     data = driver.load_data(config)
-    driver.build(config, data)
+    model = driver.build(config, data)
+    weights = driver.given_weights(config, model) if fresh else None
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
             view.note(f"joining Ray at {address}" if joins else "starting Ray")
@@ -244,7 +255,7 @@ def _do(
         folder = make()
         if "://" not in str(folder):
             view.note(f"To watch it: ray-subnets dashboard {folder}")
-        cost = driver.prepare(config, data, folder)
+        cost = driver.prepare(config, data, folder, weights=weights)
         events = Events(folder, view.note)
         stack.callback(events.close)
         stack.enter_context(_interruptible(folder))
@@ -332,6 +343,7 @@ def report(run: RunArgument) -> None:
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
+app.command(no_args_is_help=True)(commands_serve.serve)
 app.command()(commands_sweep.dashboard)
 
 

@@ -203,14 +203,8 @@ def load(
         >>> ensemble = load("runs/quickstart")  # doctest: +SKIP
         >>> ensemble(images).argmax(1)  # doctest: +SKIP
     """
-    folder = RunFolder.open(run, needs=ENSEMBLE, saved=True)
+    folder, record = _opened(run)
     source = f"{folder}/{ENSEMBLE}"
-    try:
-        record: EnsembleRecord | MethodRecord = TypeAdapter(Record).validate_json(
-            folder.read(ENSEMBLE), strict=True
-        )
-    except ValidationError as error:
-        raise ValueError(f"{configfile.one_line(error, source)}; {folder.mend}") from None
     build = _builder(record, model, folder, source)
     shares, how = None, "probabilities"
     networks: Sequence[nn.Module] | Members
@@ -240,6 +234,25 @@ def load(
     if calibrated and temperature is None:
         raise ValueError(f"calibrated: {source} has no temperature; use Ensemble.calibrate(x, y)")
     return ensemble.to(device).eval().requires_grad_(False)
+
+
+def record_of(run: str | Path) -> EnsembleRecord | MethodRecord:
+    """What `ensemble.json` says: input shape, classes, members; nothing else is read.
+
+    Raises:
+        ValueError: not a finished run folder, or it is damaged.
+    """
+    return _opened(run)[1]
+
+
+def _opened(run: str | Path) -> tuple[RunFolder, EnsembleRecord | MethodRecord]:
+    folder = RunFolder.open(run, needs=ENSEMBLE, saved=True)
+    try:
+        text = folder.read(ENSEMBLE)
+        return folder, TypeAdapter(Record).validate_json(text, strict=True)
+    except ValidationError as error:
+        line = configfile.one_line(error, f"{folder}/{ENSEMBLE}")
+        raise ValueError(f"{line}; {folder.mend}") from None
 
 
 def _builder(

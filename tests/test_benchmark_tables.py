@@ -140,7 +140,8 @@ def test_a_row_beyond_the_budget_is_marked_and_not_the_best() -> None:
     assert table["nll_stands"].eq("best").idxmax() == "dropout"
     assert table.loc["dense_8x", "nll_difference"] == pytest.approx(0.2 - 1.25 / 3)
     assert "deep ensemble \\*" in benchmarktable.markdown(found)
-    assert "Beyond the budget (8x the epochs, 8x the FLOPs), deep ensemble" in verdict(found)[0]
+    said = verdict(found)[0]
+    assert "NLL beyond the budget: deep ensemble (8x the epochs, 8x the FLOPs) 0.2000, " in said
 
 
 @pytest.mark.parametrize(("epochs", "marked"), [(16.7, False), (16.9, True)])
@@ -277,6 +278,13 @@ def test_the_verdict_says_who_is_best_who_ties_and_where_the_single_model_stands
     assert ", number 3 of 4 by NLL; +0.0967 ± 0.0033 against the best (p " in line
     (line,) = verdict(by_hand({name: THREE[name] for name in ("independent", "dropout")}))
     assert "Every other that could be tested (1) is worse." in line
+
+
+def test_the_verdict_names_those_that_are_worse_where_these_are_fewer() -> None:
+    near = {name: [0.42, 0.39 + i / 100, 0.45] for i, name in enumerate(("swa", "fge", "snapshot"))}
+    found = by_hand({"independent": [0.9, 0.91, 0.92], "dropout": [0.40, 0.41, 0.42], **near})
+    (line,) = verdict(found)
+    assert " Worse: single model. Not distinguishable from it: the 3 others. " in line
 
 
 def test_every_writer_has_the_same_numbers() -> None:

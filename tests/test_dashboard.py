@@ -37,6 +37,9 @@ def runs(tmp_path: Path) -> Path:
     record = {"state": "running", "links": links, "trials": trials}
     (root / "sweep/sweep.json").write_text(json.dumps(record))
     (root / "sweep/sweep.html").write_text("<p>live</p>")
+    (root / "bench/cells/a").mkdir(parents=True)
+    for name in ("config.yaml", "benchmark.json", "benchmark.html", "cells/a/ensemble.json"):
+        (root / "bench" / name).write_text("{}")
     (root / "not one").mkdir()
     (tmp_path / "sweep.html").write_text("outside")
     return root
@@ -64,7 +67,14 @@ def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
 
 def test_it_lists_runs_and_sweeps(runs: Path) -> None:
     found = {one["name"]: one for one in folders(runs)}
-    assert found.keys() == {"a run", "sweep"}
+    assert found.keys() == {"a run", "sweep", "bench"}
+    bench = found["bench"]
+    assert (bench["kind"], bench["state"], bench["detail"]) == (
+        "benchmark",
+        "finished",
+        "1 cells done",
+    )
+    assert bench["pages"] == ["benchmark.html"]
     assert (found["sweep"]["kind"], found["sweep"]["state"]) == ("sweep", "running")
     assert found["sweep"]["detail"] == "2 done, 1 running"
     assert found["sweep"]["links"] == {"Ray's dashboard": "http://127.0.0.1:8265"}

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
-    ["options"],
+    ["options", "requested"],
+    ["webapp"],
     ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
     ["masks", "blurs", "shift", "policy_recipes", "simulators"],
     [
@@ -29,7 +30,7 @@ FLOORS = [
     ["models", "imagefolders", "corruptions"],
     ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
     ["ensembles"],
-    ["storage", "trust_region", "outsiders", "ppo", "policies"],
+    ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
     ["checkpoints", "shifted", "films"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -67,16 +68,16 @@ FLOORS = [
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
     ["distributed.parent", "distributed.pool", "distributed.reading"],
-    ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks"],
+    ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.policies"],
     ["distributed.sweeps"],
-    ["api", "commands_benchmark", "commands_policy"],
+    ["api", "commands_benchmark", "commands_policy", "commands_serve"],
     ["commands_sweep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[1:10] for name in names if name not in READERS]
+GROUND_FLOOR = [name for names in FLOORS[2:11] for name in names if name not in READERS]
 GROUND_FLOOR += ["trust_region", "ppo", "policies"]
 
 

@@ -49,7 +49,8 @@ def run(
         watch: called with nodes and actors when they change.
         growing: the cluster may start nodes on demand.
         network: the run's network, if it is not built by name.
-        weights: file in the run folder with the parent's initial weights, if they are not drawn.
+        weights: file in the run folder with the parent's initial weights; default: as the
+            configuration says.
     """
     name = f"selection-{os.getpid()}-{time.time_ns()}"  # so that it can be found and watched
     selection = selecting.start(
@@ -57,7 +58,8 @@ def run(
     )
     instruments = Instruments(folder.name)
     ended: Counter[bool] = Counter()
-    task = replace(driver.task_of(config, folder), weights=weights)
+    task = driver.task_of(config, folder)
+    task = replace(task, weights=weights or task.weights)
 
     def see(status: Status) -> None:
         instruments.status(status, ended[True], ended[False])

@@ -99,8 +99,9 @@ def build(
 
     Args:
         channels_last: memory format of convolutional networks, where it is safe.
-        name: a key of `MODELS`, `torchvision/<name>`, or `package.module:function`. A user's
-            function is given `input_shape` and `num_classes` if it has parameters of these names.
+        name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or
+            `package.module:function`. A user's function is given `input_shape` and `num_classes` if
+            it has parameters of these names.
 
     Raises:
         ValueError: unknown name or option, or a network that does not fit the data.
@@ -122,6 +123,8 @@ def build(
                 if option in options:
                     raise ValueError(f"model.{option}: is given by the data, leave it out")
             model = _call(builder, "model", fixed, dict(options))
+        elif name.startswith("timm/"):
+            model = _timm(name.removeprefix("timm/"), num_classes, dict(options))
         elif ":" in name:
             model = _call(import_path(name, "model"), "model", offered, dict(options))
         elif name == GIVEN:
@@ -132,12 +135,33 @@ def build(
         else:
             raise ValueError(
                 f"model: unknown network {name!r}; known: {', '.join(MODELS)}, torchvision/NAME, "
-                "or your own as package.module:function"
+                "timm/NAME, or your own as package.module:function"
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
         _check_output(model, name, tuple(input_shape), num_classes)
     return in_fast_format(model) if channels_last else model
+
+
+def _timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """A network of timm's, without its weights."""
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise ValueError("model: timm is not installed: pip install timm") from None
+    for option in ("pretrained", "num_classes"):
+        if option in options:
+            raise ValueError(f"model.{option}: is given by the data and by weights, leave it out")
+    if not timm.is_model(name):
+        close = [*timm.list_models(f"{name}*"), *timm.list_models(f"*{name}*")][:5]
+        hint = f"; there are {', '.join(close)}" if close else ""
+        raise ValueError(f"model: timm has no network {name!r}{hint}")
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model: timm/{name} cannot be built: {reason}") from None
+    return model
 
 
 def in_fast_format(model: nn.Module) -> nn.Module:

@@ -1,0 +1,171 @@
+"""`ray-subnets serve` for real: asked by other processes, bad requests, dying replicas."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+
+import ray_subnets as rs
+from analysis.benchmarks import serving
+from analysis.benchmarks.serving_load import npy
+from ray_subnets import datasets
+
+SECONDS = float(os.environ.get("SERVING_SECONDS", "20"))
+"""of load in each test; SERVING_SECONDS=180 for minutes"""
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs() -> torch.Tensor:
+    data = datasets.load("digits")
+    return serving.seen(data, data.test)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> rs.Ensemble:
+    return serving.trained(tmp_path_factory.mktemp("made") / "ensemble")
+
+
+@pytest.fixture(scope="module")
+def folder(ensemble: rs.Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("served") / "ensemble"
+    ensemble.save(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "no such folder"),
+        (["FOLDER", "--cascade"], "cascade.json"),
+        (["FOLDER", "--port", "1", "--host", "203.0.113.1"], "--port: 203.0.113.1:1 cannot"),
+    ],
+)
+def test_mistakes_are_told_before_ray_starts(
+    command: Command, folder: Path, arguments: list[str], says: str
+) -> None:
+    answer = command("serve", *(str(folder) if one == "FOLDER" else one for one in arguments))
+    assert answer.returncode == 2
+    assert says in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert "starting Ray" not in answer.stderr
+
+
+def test_what_a_cascade_says(ensemble: rs.Ensemble, inputs: torch.Tensor) -> None:
+    """In this process: names and shapes are those of the README."""
+    from ray_subnets.distributed.serving import predict
+
+    whole = predict(ensemble, inputs[:5], 2)
+    assert {name: value.shape for name, value in whole.items()} == {
+        "class": (5,),
+        "probabilities": (5, 10),
+        "entropy": (5,),
+        "mutual_information": (5,),
+        "disagreement": (5,),
+    }
+    said = ensemble.predict(inputs[:5])
+    np.testing.assert_allclose(whole["entropy"], said.entropy.numpy(), atol=1e-6)
+    cascade = rs.Cascade(ensemble, 0.5)
+    short = predict(cascade, inputs[:5], 2)
+    assert list(short) == ["class", "probabilities", "entropy", "asked"]
+    assert (short["asked"] <= len(ensemble)).all()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[serving.Server]:
+    size = str(serving.MAX_BYTES / 1e6)
+    options = ("--replicas", "2", "--max-batch", "16", "--max-mb", size)
+    with serving.server(folder, *options) as server:
+        yield server
+    assert server.process.returncode == 0  # after Ctrl-C
+
+
+def ask(url: str, path: str, body: bytes | None = None, kind: str = "") -> tuple[int, bytes]:
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    headers = {"Content-Type": kind}
+    connection.request("GET" if body is None else "POST", path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+@pytest.mark.cluster
+def test_the_answers_are_those_of_the_ensemble(
+    served: serving.Server, ensemble: rs.Ensemble, inputs: torch.Tensor
+) -> None:
+    said = ensemble.predict(inputs[:100])  # more than one batch
+    status, text = ask(served.url, "/predict", npy(inputs[:100].numpy()), "application/x-npy")
+    assert status == 200
+    found = json.loads(text)
+    assert found["class"] == said.classes.tolist()
+    for name in ("probabilities", "entropy", "mutual_information", "disagreement"):
+        np.testing.assert_allclose(found[name], getattr(said, name).numpy(), atol=1e-6)
+    status, text = ask(served.url, "/info")
+    about = json.loads(text)
+    assert (about["input_shape"], about["classes"], len(about["members"])) == ([1, 8, 8], 10, 8)
+    assert about["accepts"] == ["inputs"]
+    assert json.loads(ask(served.url, "/health")[1]) == {"status": "ok", "replicas": 2}
+
+
+@pytest.mark.cluster
+def test_load_with_bad_requests_and_a_killed_replica(
+    served: serving.Server, ensemble: rs.Ensemble, inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    serving.samples_of(ensemble, inputs, tmp_path / "samples.npz")
+    before = {replica.pid for replica in served.replicas()}
+    found = serving.under_faults(served, tmp_path / "samples.npz", SECONDS, 2)
+    print(found)
+    assert found["wrong"] == 0
+    assert found["failed"] == {}
+    assert found["right"] > 5 * SECONDS
+    assert found["refused"] > 0
+    assert served.process.poll() is None
+    assert served.health() == 2
+    assert {replica.pid for replica in served.replicas()} != before
+
+
+@pytest.mark.cluster
+def test_no_replica_is_left_for_a_moment(
+    served: serving.Server, ensemble: rs.Ensemble, inputs: torch.Tensor
+) -> None:
+    """All of them die: the answer is late, or a 503, and right again afterwards."""
+    for replica in served.replicas():
+        replica.kill()
+    right = ensemble.predict(inputs[:1]).probabilities.numpy()
+    for _ in range(600):
+        status, text = ask(served.url, "/predict", npy(inputs[:1].numpy()), "application/x-npy")
+        assert status in (200, 503), text
+        if status == 200:
+            break
+    np.testing.assert_allclose(json.loads(text)["probabilities"], right, atol=1e-6)
+
+
+@pytest.mark.cluster
+def test_a_server_that_is_terminated_leaves_nothing(folder: Path) -> None:
+    with serving.server(folder) as server:
+        family = serving.family(server.process.pid)
+        assert len(family) > 3
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(60)
+        assert not [process for process in family if process.is_running()]
+
+
+@pytest.mark.cluster
+def test_the_benchmark_prints_its_table(folder: Path) -> None:
+    command = [sys.executable, "-m", "analysis.benchmarks.serving", "--seconds", "9"]
+    answer = subprocess.run(
+        [*command, "--replicas", "1"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "One plain forward" in answer.stdout
