@@ -231,11 +231,14 @@ def sweep(
         RunFolder.check_free(where, overwrite=overwrite)
         data = policy_sweep.check(settings)
         target = RunFolder.create(where, overwrite=overwrite)
+        target.write(CONFIG, settings.to_yaml().encode())
     record = _swept(settings, data, target, serial, address, quiet)
     for title, rows in policy_sweep.shown(record):
-        table = empty(f"{record['name']}: {title}", policy_sweep.HEADINGS)
+        scaled = any(cells[3] for _, cells in rows)
+        headings = policy_sweep.brief(policy_sweep.HEADINGS, scaled=scaled)
+        table = empty(f"{record['name']}: {title}", headings)
         for told, cells in rows:
-            table.add_row(told, *cells)
+            table.add_row(told, *policy_sweep.brief(cells, scaled=scaled))
         out.print(table)
     for trial in record["trials"]:
         if trial["error"]:

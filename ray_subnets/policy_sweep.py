@@ -69,7 +69,8 @@ def run(
     Args:
         pool: its workers are `policy_cells.PolicyCellWorker`s.
     """
-    folder.write(CONFIG, sweep.to_yaml().encode())
+    if not folder.exists(CONFIG):
+        folder.write(CONFIG, sweep.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     results: dict[str, Result] = {}
     written = 0.0
@@ -251,6 +252,11 @@ def shown(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str
                     )
                 )
     return list(found.items())
+
+
+def brief(cells: Sequence[str], *, scaled: bool) -> list[str]:
+    """What of a row, or of `HEADINGS`, a terminal has room for."""
+    return [cells[i] for i in (0, 2, 3, 4, 5, 7) if scaled or i != 3]
 
 
 HEADINGS = ("ensemble", "parent", "return", "scaled", "- parent", "95 %", "95 %, seeds", "+/-")

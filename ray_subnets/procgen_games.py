@@ -34,7 +34,7 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
 nothing, and the largest that can be had, or that was had"""
 NO_PROCGEN = (
     "env: ProcGen's games need the package procgen-mirror; install ray_subnets[rl] (0.10.7 is "
-    "there for Python 3.11 and 3.12 on x86-64 Linux, and needs numpy < 2)"
+    "there for Python 3.11 and 3.12 on x86-64 Linux, and needs numpy < 2, pyarrow < 26)"
 )
 
 
