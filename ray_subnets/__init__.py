@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray_subnets.methods import OneCycle as OneCycle
     from ray_subnets.methods import Sparse as Sparse
     from ray_subnets.methods import Stochastic as Stochastic
+    from ray_subnets.policy_members import load_policy as load_policy
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
@@ -52,6 +53,7 @@ _HOME = {
     "ensemble": "api",
     "load": "members",
     "load_cascade": "cascade",
+    "load_policy": "policy_members",
     "solve_sigma": "trust_region",
     "spawn": "spawning",
 }

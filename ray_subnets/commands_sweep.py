@@ -51,10 +51,20 @@ def sweep(
     Example: ray-subnets sweep sweep_noise; then ray-subnets run sweep_noise --from-sweep
     runs/sweep_noise
     """
+    from ray_subnets import commands_policy
     from ray_subnets.checkpoints import CONFIG, RunFolder
     from ray_subnets.sweep import open_sweep
     from ray_subnets.sweepfile import load
 
+    if commands_policy.sweeps(config, overrides or []):
+        commands_policy.sweep(
+            *(config, overrides or [], folder),
+            overwrite=overwrite,
+            serial=serial,
+            address=address,
+            quiet=quiet,
+        )
+        return
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     if (Path(config) / CONFIG).is_file():
         if overrides or folder or overwrite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
@@ -117,8 +117,16 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
     return [*known, "vary"] if above in ("noisy", "sparse", "stochastic") else known
 
 
-def one_line(error: ValidationError, source: str) -> str:
-    """The first problem, and how many more there are."""
+def one_line(
+    error: ValidationError,
+    source: str,
+    known: Callable[[Sequence[Any]], list[str]] = _known_keys,
+) -> str:
+    """The first problem, and how many more there are.
+
+    Args:
+        known: from where a key stands to the names that would be valid there.
+    """
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -128,10 +136,11 @@ def one_line(error: ValidationError, source: str) -> str:
     message = message[0].lower() + message[1:]
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(first["loc"][-1])
-        close = difflib.get_close_matches(key, _known_keys(first["loc"]), 1)
+        names = known(first["loc"])
+        close = difflib.get_close_matches(key, names, 1)
         message = "unknown key" + (f"; did you mean {close[0]}?" if close else "")
-        if not close and _known_keys(first["loc"]):
-            message += f"; known: {', '.join(_known_keys(first['loc']))}"
+        if not close and names:
+            message += f"; known: {', '.join(names)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = "required, but missing"
     elif first["type"] == "value_error":
@@ -195,6 +204,18 @@ def checked(record: dict[str, Any], source: str) -> Config:
     Raises:
         ValueError: one line naming the key, what is wrong, and what would be right.
     """
+    try:
+        return Config.model_validate_json(plain_json(record, source), strict=True)
+    except ValidationError as error:
+        raise ValueError(one_line(error, source)) from None
+
+
+def plain_json(record: dict[str, Any], source: str) -> str:
+    """Settings as written, `vary` expanded, as JSON: what a section is validated from.
+
+    Raises:
+        ValueError: a value that JSON has no type for, or a `vary` that is none.
+    """
     for path, value in _leaves(record):
         if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{source}: {path}: must be a finite number, not {value}")
@@ -207,11 +228,7 @@ def checked(record: dict[str, Any], source: str) -> Config:
             record["children"] = vary(record["children"])
     except ValueError as error:
         raise ValueError(f"{source}: children.{error}") from None
-    plain = json.dumps(record)
-    try:
-        return Config.model_validate_json(plain, strict=True)
-    except ValidationError as error:
-        raise ValueError(one_line(error, source)) from None
+    return json.dumps(record)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

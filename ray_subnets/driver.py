@@ -339,9 +339,17 @@ def config_of(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: it is damaged.
     """
-    source = f"{folder}/{CONFIG}"
+    return configfile.parse(config_text(folder), f"{folder}/{CONFIG}", overrides)
+
+
+def config_text(folder: RunFolder) -> str:
+    """The YAML of a run folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        text = folder.read(CONFIG).decode()
+        return folder.read(CONFIG).decode()
     except UnicodeDecodeError:
+        source = f"{folder}/{CONFIG}"
         raise ValueError(f"{source}: not a text file; restore it from a copy") from None
-    return configfile.parse(text, source, overrides)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ray_subnets.policy_recipes import Env
-from ray_subnets.procgen_games import ProcgenSimulator
+from ray_subnets.procgen_games import RANGES, ProcgenSimulator
 from ray_subnets.simulators import (
     LAST_LEVEL,
     Array,
@@ -67,6 +67,13 @@ def simulator(env: Env, seed: int) -> Simulator:
             threads=env.threads,
         )
     return GymnasiumSimulator(env.id, env.num_envs, levels, seed, env.options)
+
+
+def reward_range(env: Env) -> tuple[float, float] | None:
+    """The returns that count as 0 and as 1, where someone has published them: for ProcGen."""
+    if not env.id.startswith(PROCGEN):
+        return None
+    return RANGES.get(env.distribution_mode, {}).get(env.id.removeprefix(PROCGEN))
 
 
 class RunningReturn:

@@ -47,6 +47,7 @@ class Events:
             return
         if isinstance(report, Epoch):
             values, step = {"train/loss": report.loss, "train/lr": report.lr}, report.epoch
+            values |= {f"train/{name}": value for name, value in report.numbers.items()}
         else:
             values = {f"validation/{name}": value for name, value in report.validation.items()}
             step = report.epochs

@@ -20,6 +20,7 @@ from ray_subnets.metrics import Bins
 
 BLUE, ORANGE, GREEN, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00"
 KIND = {"noisy": SKY, "sparse": BLUE, "stochastic": GREEN, "parent": ORANGE, "single": RED}
+KIND["play"] = "#999999"
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 
 _STYLE: dict[str, Any] = {

@@ -44,6 +44,9 @@ class Flat:
         for entry in self.layout:
             dtype = getattr(torch, entry.dtype)
             n = int(np.prod(entry.shape, dtype=np.int64))
+            if n == 0:  # no bytes that could be seen as another type
+                result[entry.name] = torch.empty(entry.shape, dtype=dtype)
+                continue
             raw = base[entry.offset : entry.offset + n * dtype.itemsize]
             result[entry.name] = raw.view(dtype).view(entry.shape)
         return result

@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_benchmark, commands_keep, commands_serve, commands_sweep
+from ray_subnets import (
+    commands_benchmark,
+    commands_keep,
+    commands_policy,
+    commands_serve,
+    commands_sweep,
+)
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -97,12 +103,23 @@ def run(
 ) -> None:
     """Train a parent, make children of it, tune and select them, keep the ensemble.
 
+    A config with an env: section trains a policy, and plays it and its children side by side.
+
     Example: ray-subnets run fashion_mnist_sparse seed=1 parent.epochs=4 --out runs/try
     """
     from ray_subnets import configfile
     from ray_subnets.checkpoints import RunFolder
     from ray_subnets.storage import join
 
+    if not from_sweep and commands_policy.concerns(config, overrides or []):
+        return commands_policy.run(
+            *(config, overrides or [], folder),
+            overwrite=overwrite,
+            plan=plan,
+            serial=serial,
+            address=address,
+            quiet=quiet,
+        )
     if from_sweep:
         from ray_subnets.sweep import run_config
 
@@ -165,6 +182,8 @@ def resume(
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run)
+    if commands_policy.owns(folder):
+        return commands_policy.resume(folder, serial, address, quiet)
     _do(driver.config_of(folder), lambda: folder, serial, address, quiet)
 
 
@@ -195,6 +214,7 @@ def grow(
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run)
+    commands_policy.refuse(folder, "grow")
     before = driver.config_of(folder)
     after = configfile.grown(before, to, group)
     if no_single:
@@ -305,7 +325,9 @@ def evaluate(run: RunArgument) -> None:
     Exit code 1 if they differ by more than another processor or device explains.
     """
     from ray_subnets import evaluation
+    from ray_subnets.checkpoints import RunFolder
 
+    commands_policy.refuse(RunFolder.open(run), "evaluate")
     sys.path.insert(0, str(Path.cwd()))
     outcome = evaluation.evaluate(run)
     out.print(evaluation.table(outcome))
@@ -327,12 +349,17 @@ def report(
     ] = False,
 ) -> None:
     """Write report.html of a finished run again and say where it is."""
+    from ray_subnets import policy_report
     from ray_subnets import report as report_
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run, needs="result.json")
+    policy = commands_policy.owns(folder)
+    if policy and full:
+        raise ValueError("--full: analyses are of classifiers; this run is a policy's")
     if not full:
-        out.print(str(report_.write(folder)), soft_wrap=True)
+        page = (policy_report if policy else report_).write(folder)
+        out.print(str(page), soft_wrap=True)
         return
     try:  # the analyses stand above this package, which does without them
         write = importlib.import_module("analysis.full").write

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ray_subnets.combining import combine
 from ray_subnets.envs import Environments
 from ray_subnets.models.actor_critic import to_input
+from ray_subnets.policy_jobs import Choice, Combine
 from ray_subnets.policy_recipes import Env
 from ray_subnets.recipes import ChildSpec, derive
 
-Choice = Literal["sample", "argmax"]
-Combine = Literal["probabilities", "logits", "vote"]
 Policy = Callable[[Tensor], Tensor]
 """observations `(N, *shape)` -> probabilities of actions `(N, A)`, float64"""
 
@@ -90,6 +89,20 @@ def choose(probabilities: Tensor, how: Choice, uniforms: Tensor) -> Tensor:
     return drawn.squeeze(1).clamp_max(probabilities.shape[1] - 1)
 
 
+class Chance:
+    """Every action is as likely: what a policy must be better than."""
+
+    def __init__(self, num_actions: int) -> None:
+        self.num_actions = num_actions
+
+    def __call__(self, observations: Tensor) -> Tensor:
+        """`(N, *shape)` -> `(N, A)`."""
+        shape = (len(observations), self.num_actions)
+        return torch.full(
+            shape, 1 / self.num_actions, dtype=torch.float64, device=observations.device
+        )
+
+
 @dataclass(frozen=True)
 class Played:
     """Episodes of one policy. Each environment plays the same number: the short ones do not count
@@ -131,9 +144,12 @@ def play(
         observations, _ = envs.reset()
         rng = np.random.Generator(np.random.SFC64(derive(seed, "choice")))
         for _ in range(limit):
-            uniforms = torch.from_numpy(rng.random(envs.num_envs)).to(device)
-            probabilities = policy(torch.from_numpy(observations).to(device))
-            actions = choose(probabilities, how, uniforms).cpu().numpy()
+            uniforms = rng.random(envs.num_envs)
+            left = np.flatnonzero(done < episodes)  # the others' actions no longer matter
+            probabilities = policy(torch.from_numpy(observations[left]).to(device))
+            drawn = torch.from_numpy(uniforms[left]).to(device)
+            actions = np.zeros(envs.num_envs, np.int64)
+            actions[left] = choose(probabilities, how, drawn).cpu().numpy()
             observations, _, _, _, infos = envs.step(actions)
             for n, i in enumerate(infos.get("ended", ())):
                 if done[i] < episodes:

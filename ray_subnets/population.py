@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -295,7 +296,8 @@ class Worker:
         optimizer = optimizer or supervised.make_optimizer(model, training)
         said: list[str] = []
         start, images, earlier = load_checkpoint(
-            self.folder, job, model, optimizer, said.append, topology
+            *(self.folder, job, partial(supervised.restore_training_state, model, optimizer)),
+            *(said.append, topology),
         )
         for line in said:
             yield self._trouble(job, line)
@@ -321,9 +323,9 @@ class Worker:
             if self.primary and (stage or report.epoch < report.epochs):
                 seconds = (self._earlier or 0.0) + time.time() - self._started
                 try:
+                    state = supervised.training_state(model, optimizer)
                     save_checkpoint(
-                        *(self.folder, job, model, optimizer),
-                        *(report.epoch, images, seconds, topology),
+                        self.folder, job, state, report.epoch, images, seconds, topology
                     )
                 except WriteFailed as error:  # the next may find room; training loses nothing
                     if not lost:

@@ -18,9 +18,23 @@ GAMES = (
     *("heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot"),
 )
 """of ProcGen (Cobbe et al. 2020, "Leveraging procedural generation")"""
+_EASY = (
+    *((1, 40), (0.5, 13), (3.5, 12), (0.5, 13), (2, 12.6), (5, 10), (1.5, 19), (-1.5, 32.4)),
+    *((3.5, 10), (3, 10), (3, 10), (5, 10), (1.5, 13), (3.5, 10), (4.5, 30), (2.5, 64)),
+)
+_HARD = (
+    *((0, 40), (0.5, 13), (2, 13.4), (0.5, 14.2), (1, 12.6), (5, 10), (1.5, 19), (-0.5, 27.2)),
+    *((2, 10), (1, 10), (1.5, 10), (4, 10), (1.5, 20), (2, 10), (3, 30), (1.5, 35)),
+)
+RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "easy": dict(zip(GAMES, _EASY, strict=True)),
+    "hard": dict(zip(GAMES, _HARD, strict=True)),
+}
+"""mode -> game -> returns that count as 0 and as 1 (the same, appendix C): of a policy that sees
+nothing, and the largest that can be had, or that was had"""
 NO_PROCGEN = (
     "env: ProcGen's games need the package procgen-mirror; install ray_subnets[rl] (0.10.7 is "
-    "there for Python 3.11 and 3.12 on x86-64 Linux, and needs numpy < 2)"
+    "there for Python 3.11 and 3.12 on x86-64 Linux, and needs numpy < 2, pyarrow < 26)"
 )
 
 
@@ -86,6 +100,10 @@ class ProcgenSimulator:
 
     def levels(self) -> Array:
         return self._level.copy()
+
+    def pictures(self) -> Array | None:
+        picture: Array = self._env.observe()[1]["rgb"]
+        return picture
 
     def state(self) -> dict[str, Array]:
         parts = [np.frombuffer(part, np.uint8) for part in self._env.get_state()]

@@ -131,7 +131,7 @@ class Bars:
             # A job that goes on from a checkpoint jumps over epochs not seen here.
             before = int(self._progress.tasks[self._progress.task_ids.index(row)].completed)
             self._progress.update(
-                row, completed=report.epoch, say=f"loss {report.loss:.3f} lr {report.lr:.1e}"
+                row, completed=report.epoch, say=f"{_learnt(report)} lr {report.lr:.1e}"
             )
             self._progress.advance(self._all, report.epoch - before)
             return
@@ -189,7 +189,7 @@ class Lines:
                 self._last = time.monotonic()
                 self.note(
                     f"{self._left()}  {report.id} epoch {report.epoch}/{report.epochs} "
-                    f"loss {report.loss:.3f}"
+                    f"{_learnt(report)}"
                 )
             return
         self._done += 1
@@ -267,13 +267,20 @@ class Silent:
         return None
 
 
+def _learnt(report: Epoch) -> str:
+    """How good it is so far; a policy's loss would not say."""
+    if "return" in report.numbers:
+        return f"return {report.numbers['return']:.2f}"
+    return f"loss {report.loss:.3f}"
+
+
 def _outcome(result: Result) -> str:
     if result.error:
         return f"failed: {result.error}"
     if isinstance(result, SolveResult):
         return f"done in {result.seconds:.1f} s: KL {result.divergence['kl']:.4g} nats"
     value = result.validation
-    if not value:
+    if "accuracy" not in value:
         return f"done in {result.seconds:.1f} s"
     return (
         f"done in {result.seconds:.1f} s: validation accuracy {value['accuracy']:.4f}, "

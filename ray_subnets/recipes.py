@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -239,7 +239,16 @@ class Shifted:
 
 
 RunJob = Fit | ChildSpec | Solve
-Job = RunJob | Cell | Shifted
+
+
+class Job(Protocol):
+    """What a worker is given: one of the above, or of `policy_jobs.py`."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +284,8 @@ class Epoch:
     """training images seen in the epoch"""
     seconds: float
     """wall time of the epoch"""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """what else there is to say of it, by name"""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class Simulator(Protocol):
     def levels(self) -> Array:
         """`(E,)` int64: the level that each is in."""
 
+    def pictures(self) -> Array | None:
+        """What a person would see, `(E, H, W, 3)` uint8; None if there is nothing to see."""
+
     def state(self) -> dict[str, Array]:
         """All that decides what comes next."""
 
@@ -153,6 +156,14 @@ class GymnasiumSimulator:
 
     def levels(self) -> Array:
         return self._level.copy()
+
+    def pictures(self) -> Array | None:
+        if self._envs[0].render_mode == "rgb_array":
+            return np.stack([np.asarray(env.render(), np.uint8) for env in self._envs])
+        if len(self.frame_shape) == 3 and self.frame_shape[0] in (1, 3):
+            planes = np.broadcast_to(self._frames, (len(self._envs), 3, *self.frame_shape[1:]))
+            return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        return None
 
     def state(self) -> dict[str, Array]:
         return {

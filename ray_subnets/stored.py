@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import sparse, supervised
+from ray_subnets import sparse
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Solve, SolveResult, Stored
@@ -126,8 +126,7 @@ def _checksum(state: Mapping[str, Tensor]) -> Tensor:
 def save_checkpoint(
     folder: RunFolder,
     job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
     epoch: int,
     images: int,
     seconds: float,
@@ -135,10 +134,13 @@ def save_checkpoint(
 ) -> None:
     """Everything needed to go on after `epoch` epochs, in one atomic file.
 
+    Args:
+        state: of the training, as its loop says.
+
     Raises:
         WriteFailed: see `RunFolder.write`; the checkpoint before is still there.
     """
-    state = supervised.training_state(model, optimizer)
+    state = dict(state)
     if topology is not None:
         state |= {f"topology.{name}": tensor for name, tensor in topology.state().items()}
     state["job"] = _digest(job)
@@ -151,14 +153,14 @@ def save_checkpoint(
 def load_checkpoint(
     folder: RunFolder,
     job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    restore: Callable[[Mapping[str, Tensor]], object],
     say: Say = lambda line: None,
     topology: Topology | None = None,
 ) -> tuple[int, int, float]:
-    """Restore the job's last checkpoint into model and optimizer.
+    """Go back to the job's last checkpoint.
 
     Args:
+        restore: takes the training's state, as it was saved.
         say: called with one line if there is a checkpoint that cannot be used.
 
     Returns:
@@ -183,7 +185,7 @@ def load_checkpoint(
         return 0, 0, 0.0
     epoch, images = state.pop("progress").tolist()
     seconds = float(state.pop("seconds"))
-    supervised.restore_training_state(model, optimizer, state)
+    restore(state)
     if topology is not None:
         prefix = "topology."
         topology.restore(

@@ -21,6 +21,7 @@ from ray_subnets.checkpoints import RunFolder
 from ray_subnets.combining import combine, greedy, right_class
 from ray_subnets.config import Config
 from ray_subnets.data import Data
+from ray_subnets.policyfile import PolicyConfig
 from ray_subnets.population import Worker
 from ray_subnets.recipes import ChildSpec, Fit, Result, SolveResult
 from ray_subnets.selection import fitness_of, select, share_of
@@ -52,7 +53,7 @@ def data_key(config: Config) -> str:
     return json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
 
 
-def device_here(config: Config) -> str:
+def device_here(config: Config | PolicyConfig) -> str:
     """Where this process works without Ray."""
     gpu = torch.cuda.is_available() and config.resources.gpus_per_actor != 0
     return "cuda:0" if gpu else "cpu"

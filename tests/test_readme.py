@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import benchmarkfile, configfile, models, sweepfile
+from ray_subnets import benchmarkfile, configfile, models, policy_sweepfile, policyfile, sweepfile
 from ray_subnets.checkpoints import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,12 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
+    record = configfile.record_of(path.read_text(), path.name)
+    if policy_sweepfile.is_policy_sweep(record):
+        policies = policy_sweepfile.parse(path.read_text(), path.name)
+        assert policies.name == path.stem
+        assert policy_sweepfile.parse(policies.to_yaml(), "again").section == policies.section
+        return
     if path.stem.startswith("sweep"):
         sweep = sweepfile.load(str(path))
         assert sweep.name == path.stem
@@ -59,6 +65,11 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         benchmark = benchmarkfile.load(str(path))
         assert benchmark.name == path.stem
         assert benchmarkfile.parse(benchmark.to_yaml(), "again") == benchmark
+        return
+    if policyfile.is_policy(record):
+        policy = policyfile.parse(path.read_text(), path.name)
+        assert policy.name == path.stem
+        assert policyfile.parse(policy.to_yaml(), "again") == policy
         return
     settings = configfile.load(str(path))
     assert settings.name == path.stem

@@ -22,13 +22,11 @@ from ray_subnets.flat import Flat
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import (
     ChildResult,
-    ChildSpec,
     Epoch,
     Fault,
     Fit,
     Job,
     Result,
-    Solve,
     Status,
 )
 from ray_subnets.stored import kind_of
@@ -249,7 +247,7 @@ class RayPool:
             if slot.dedicated != (self._dedicate and parent_next):
                 continue
             job = self._queue.popleft()
-            if isinstance(job, ChildSpec | Solve) and not slot.has_parent:
+            if self._parent is not None and not slot.has_parent:
                 # Calls of one actor run in order: the job starts after the weights are there.
                 slot.handle.load.remote([self._parent])
                 slot.has_parent = True

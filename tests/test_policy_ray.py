@@ -1,0 +1,45 @@
+"""A policy's run on Ray: the same bits as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import equal
+
+pytest.importorskip("gymnasium")
+
+from test_policy_run import curve_of, plain, run_policy
+
+from ray_subnets import policy_run, policyfile
+from ray_subnets.checkpoints import RunFolder
+from ray_subnets.distributed import cluster
+from ray_subnets.distributed import policies as on_ray
+
+CART = """
+name: cart
+env: {id: CartPole-v1, num_envs: 4, num_levels: 50, frame_stack: 1}
+model: {name: mlp, hidden: [8], activation: tanh}
+ppo: {total_steps: 256, num_steps: 16, num_minibatches: 2, gamma: 0.9, lr: 0.01}
+children:
+  - {method: noisy, count: 6, sigma: 0.1, density: 0.2}
+  - {method: sparse, count: 2, partition: 2, tune: {total_steps: 128}}
+evaluate: {episodes: 10, levels: [unseen], choose: [sample], per_job: 2, film: 0}
+resources: {actors: 2}
+"""
+
+
+def test_serial_and_ray_are_bitwise_equal(tmp_path: Path) -> None:
+    """Weights, curves, every episode, and so every number in result.json."""
+    config = policyfile.parse(CART, "cart.yaml")
+    serial, there = (RunFolder.create(tmp_path / name) for name in ("serial", "ray"))
+    expected = run_policy(config, serial)
+    with cluster.session(cpus=2):
+        policy_run.prepare(config, there)
+        found = on_ray.run(config, policy_run.check(config), there)
+    assert plain(found) == plain(expected)
+    assert len({match["worker"] for match in found["matches"]}) == 2, "both actors played"
+    for name in ("parent.safetensors", "children/sparse-001.safetensors"):
+        assert equal(serial.load_tensors(name), there.load_tensors(name))
+    for id in ("parent", "sparse-000", "sparse-001"):
+        assert curve_of(serial, id) == curve_of(there, id)
