@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_benchmark, commands_serve, commands_sweep
+from ray_subnets import commands_benchmark, commands_keep, commands_serve, commands_sweep
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -231,7 +231,7 @@ def _do(
     joins = address not in (None, "local")
     data = driver.load_data(config)
     model = driver.build(config, data)
-    weights = driver.given_weights(config, model) if fresh else None
+    weights = driver.given_weights(config, data, model) if fresh else None
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
             view.note(f"joining Ray at {address}" if joins else "starting Ray")
@@ -346,6 +346,8 @@ def report(
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
+app.command(no_args_is_help=True)(commands_keep.export)
+app.command(no_args_is_help=True)(commands_keep.distill)
 app.command(no_args_is_help=True)(commands_serve.serve)
 app.command()(commands_sweep.dashboard)
 

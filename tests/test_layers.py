@@ -28,9 +28,13 @@ FLOORS = [
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
-    ["ensembles"],
+    [
+        *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
+        "batched",
+    ],
     ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
+    ["exporting"],
+    ["ensembles"],
     ["checkpoints", "shifted"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -45,7 +49,7 @@ FLOORS = [
     ["config", "pools", "methods"],
     ["configfile"],
     ["members"],
-    ["cascade"],
+    ["cascade", "students"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells"],
     ["benchmark"],
@@ -70,13 +74,14 @@ FLOORS = [
     ["distributed.parent", "distributed.pool", "distributed.reading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.sweeps"],
-    ["api", "commands_sweep", "commands_benchmark", "commands_serve"],
+    ["distilling", "api", "commands_sweep", "commands_benchmark", "commands_serve"],
+    ["commands_keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[2:11] for name in names if name not in READERS]
-GROUND_FLOOR += ["trust_region", "ppo", "policies"]
+GROUND_FLOOR = [name for names in FLOORS[2:10] for name in names if name not in READERS]
+GROUND_FLOOR += ["ensembles", "trust_region", "ppo", "policies"]
 
 
 def modules() -> dict[str, Path]:
