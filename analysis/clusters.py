@@ -75,12 +75,18 @@ def _draw(
 
 
 def find(run: Run, *, count: int = 600, most: int = 3, seed: int = 0) -> Findings:
-    """Fig 7.2 for the parent and the first members.
+    """Fig 7.2 for the parent and some members, one of each kind first.
 
     Raises:
         ValueError: a file is missing.
     """
-    ids = [id for id in run.selected if id != "parent"][:most]
+    kinds: dict[str, int] = {}
+    turns = []
+    for id in run.selected:
+        kind = id.rpartition("-")[0]
+        turns.append((kinds.setdefault(kind, 0), id))
+        kinds[kind] += 1
+    ids = [id for _, id in sorted(turns, key=lambda turn: turn[0]) if id != "parent"][:most]
     names = ["parent", *ids] if run.has_parent else ids
     outputs = run.outputs(names)
     order = torch.randperm(len(outputs.labels), generator=torch.Generator().manual_seed(seed))
