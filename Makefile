@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu test-cluster chaos check bench docs fashion study map clean
+.PHONY: setup demo test test-gpu test-cluster chaos check bench docs fashion study map cheaper clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,8 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.trust_region
 	$(BIN)/python -m analysis.benchmarks.sweeps
 	$(BIN)/python -m analysis.benchmarks.rollouts
+	$(BIN)/python -m analysis.benchmarks.members
+	$(BIN)/python -m analysis.benchmarks.features
 	$(BIN)/python -m analysis.benchmarks.serving
 
 # The README's Fashion-MNIST table: three configs, three seeds, about an hour on two cores.
@@ -85,6 +87,14 @@ map: setup
 		done; \
 	done; done
 	$(BIN)/python -m analysis.where_it_pays runs/map-* --figure analysis/figures/where_it_pays.png
+
+# What an answer costs, and what it can be cheapened to; three seeds, minutes on two cores.
+cheaper: setup
+	for seed in 0 1 2; do \
+		$(BIN)/ray-subnets run cheaper_inference seed=$$seed --out runs/cheaper_inference-$$seed || exit; \
+	done
+	$(BIN)/python -m analysis.cheaper_inference runs/cheaper_inference-[0-9]* \
+		--figure analysis/figures/cheaper_inference.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -101,7 +101,8 @@ def table(records: dict[str, dict[str, Any]], *, generated: bool) -> Table:
         *("network", "parent %", "child %", "ensemble %", "pruned %"),
         *("NLL, parent", "NLL, ensemble", "sigma", "KL"),
     ):
-        found.add_column(column, justify="left" if column == "network" else "right")
+        left = column == "network"
+        found.add_column(column, justify="left" if left else "right", no_wrap=left)
     for name, record in records.items():
         found.add_row(name, *line(record))
     return found

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_subnets.data import Data as Data
     from ray_subnets.data import Preprocess as Preprocess
     from ray_subnets.data import Split as Split
+    from ray_subnets.distilling import distill as distill
     from ray_subnets.ensembles import Ensemble as Ensemble
     from ray_subnets.members import load as load
     from ray_subnets.methods import Noisy as Noisy
@@ -48,6 +49,7 @@ _HOME = {
     "Split": "data",
     "Stochastic": "methods",
     "Training": "recipes",
+    "distill": "distilling",
     "ensemble": "api",
     "load": "members",
     "load_cascade": "cascade",

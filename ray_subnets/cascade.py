@@ -30,6 +30,7 @@ NEVER = 2.0
 """a threshold above every lead: only what is certain is settled"""
 THRESHOLDS = (*(i / 50 for i in range(1, 50)), 0.99, 0.995, 0.998, 0.999, 0.9999, NEVER)
 """that `Cascade.fit` tries"""
+By = Literal["agreement", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def curve(
     return points
 
 
-def cheapest(points: Sequence[Point], accuracy: float) -> Point:
-    """The point of fewest passes from which on all dearer ones reach `accuracy`.
+def cheapest(points: Sequence[Point], least: float, by: By = "accuracy") -> Point:
+    """The point of fewest passes from which on all dearer ones reach `least`.
 
     From which on: on few samples a cheap point may reach it by luck.
     """
     best = points[-1]
     for point in reversed(sorted(points, key=lambda point: point.passes)):
-        if point.accuracy < accuracy:
+        if getattr(point, by) < least:
             break
         best = point
     return best
@@ -212,17 +213,21 @@ class Cascade(nn.Module):
         y: Tensor,
         *,
         keep: float = 0.999,
+        by: By = "agreement",
         thresholds: Sequence[float] = THRESHOLDS,
         batch_size: int = 500,
     ) -> Cascade:
-        """The cheapest cascade that keeps the whole ensemble's accuracy on validation data.
+        """The cheapest cascade that keeps the whole ensemble's answers on validation data.
 
         Members are put in order first: the best one, then whichever helps most.
 
         Args:
-            x, y: inputs `(N, *shape)` and labels `(N,)`; thousands of them, since one part in a
-                thousand of the accuracy is to be seen.
-            keep: fraction of the whole ensemble's accuracy.
+            x, y: inputs `(N, *shape)` and labels `(N,)`; thousands of them, since one in a thousand
+                is to be seen.
+            keep: fraction of samples for which it names the class of the whole ensemble, or of the
+                whole ensemble's accuracy.
+            by: which of the two. Accuracy is cheaper, since other answers may be as often right;
+                how often they are varies more from one set of samples to another.
 
         Raises:
             ValueError: see `Cascade`.
@@ -233,8 +238,8 @@ class Cascade(nn.Module):
         order = _order(logits, labels, len(logits))
         logits, how = logits[order], ensemble.combine
         points = curve(logits, labels, thresholds, how)
-        full = metrics.accuracy(_means(logits, how)[-1], labels)
-        point = cheapest(points, keep * full)
+        full = metrics.accuracy(_means(logits, how)[-1], labels) if by == "accuracy" else 1.0
+        point = cheapest(points, keep * full, by)
         answer, _ = replay(logits, point.threshold, how)
         ordered = ensemble.take([ensemble.ids[i] for i in order])
         temperature = metrics.temperature_of(answer, labels)

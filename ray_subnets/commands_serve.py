@@ -156,10 +156,16 @@ def _examined(what: What, max_samples: int, max_bytes: int) -> tuple[Terms, dict
     before anything is started.
     """
     from ray_subnets import __version__, members
-    from ray_subnets.cascade import Cascade
+    from ray_subnets.cascade import CASCADE, Cascade
+    from ray_subnets.checkpoints import RunFolder
     from ray_subnets.requested import Terms
 
     record = members.record_of(what.run)
+    if what.cascade and not RunFolder(what.run).exists(CASCADE):
+        raise ValueError(
+            f"--cascade: {what.run} has no {CASCADE}; write one with "
+            "Cascade.fit(ensemble, x, y).save(FOLDER)"
+        )
     loaded: Ensemble | Cascade = what.load()
     ensemble = loaded.ensemble if isinstance(loaded, Cascade) else loaded
     terms = Terms(record.input_shape, bool(record.mean), max_bytes, max_samples)

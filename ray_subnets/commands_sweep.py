@@ -96,8 +96,9 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
 
     first = settings.config(settings.corners()[0], settings.section.seeds[0])
     if first.weights is not None and not folder.exists(GIVEN):
-        model = driver.build(first, driver.load_data(first))
-        folder.save_tensors(GIVEN, driver.given_weights(first, model) or {})
+        data = driver.load_data(first)
+        weights = driver.given_weights(first, data, driver.build(first, data))
+        folder.save_tensors(GIVEN, weights or {})
     monitor = Monitor(folder, settings, notify=notify)
     monitor.write()
     notify(f"Live page: {folder.root / 'sweep.html'}; served: ray-subnets dashboard {folder.root}")

@@ -79,14 +79,20 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
             anatomy(model, spec, data.input_shape)
 
 
-def given_weights(config: Config, model: nn.Module) -> dict[str, Tensor] | None:
+def given_weights(config: Config, data: Data, model: nn.Module) -> dict[str, Tensor] | None:
     """What `weights` names, checked to fit; None if nothing.
 
     Raises:
-        ValueError: it cannot be read, or is of another network.
+        ValueError: it cannot be read, or is of another network or of other classes.
     """
     if config.weights is None:
         return None
+    folders = len(data.train.labels.unique())
+    if config.data.name in ("imagenet", "imagefolder") and folders != data.num_classes:
+        raise ValueError(
+            f"data.num_classes: {data.num_classes}, but there are {folders} class folders, whose "
+            "numbers are the labels: trained weights would mean other classes; give all folders"
+        )
     found = pretrained.read(config.weights, config.model.name)
     return pretrained.fitted(model, found, config.weights)
 
@@ -126,7 +132,7 @@ def prepare(
         check(config, data, model := network.build())
     cost = forward_cost(model, data.input_shape)
     if config.weights is not None and not folder.exists(GIVEN):
-        folder.save_tensors(GIVEN, weights or given_weights(config, model) or {})
+        folder.save_tensors(GIVEN, weights or given_weights(config, data, model) or {})
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}

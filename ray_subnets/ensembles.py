@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets.answers import Opinions, Prediction
+from ray_subnets.batched import Batched, Unlike, faster
 from ray_subnets.combining import Running, combine
 from ray_subnets.data import Preprocess
+from ray_subnets.exporting import TOLERANCE, Exported, export
 from ray_subnets.metrics import scaled, temperature_of
 
 
@@ -62,6 +64,12 @@ class Ensemble(nn.Module):
         temperature: fitted on validation data to the members' common answer; None: not fitted.
         calibrated: are answers scaled by it? By default they are not: which class is the most
             probable stays the same, and every table of a run is without.
+        batched: ask all members in one call (`ray_subnets.batched`): True, False, or None for
+            whichever is faster by a fixed rule, so that equal calls give equal bits; the two ways
+            can differ in the last digit. Only for members that differ in nothing but their numbers,
+            as those of `load` do. It is for calls and `logits`; `predict`, `ask` and cascades ask
+            one member at a time.
+        input_shape: of one input, `(C, H, W)` for images; None if it is not known.
         record: what was measured when it was made (the run's `result.json`), if that is known.
     """
 
@@ -76,6 +84,8 @@ class Ensemble(nn.Module):
         temperature: float | None = None,
         calibrated: bool = False,
         origin: Origin | None = None,
+        input_shape: Sequence[int] | None = None,
+        batched: bool | None = False,
     ) -> None:
         super().__init__()
         assert len(members) == len(ids) > 0
@@ -87,7 +97,11 @@ class Ensemble(nn.Module):
         self.temperature = temperature
         self.calibrated = calibrated
         self.origin = origin
+        self.input_shape = tuple(input_shape) if input_shape is not None else None
+        self.batched = batched
         self.record: dict[str, Any] | None = None
+        self._together: Batched | None = None
+        self._weights: int | None = None  # of one member; 0: they cannot be called together
 
     def __len__(self) -> int:
         return len(self.members)
@@ -95,8 +109,42 @@ class Ensemble(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Every member's logits, `(K, N, C)`."""
         x = self.preprocess(x)
+        if self.batched is not False and (together := self._batch(len(x))):
+            try:
+                return together(x)
+            except Unlike as error:
+                self._apart(error)
         answers = [member(x) for member in self.members]
         return torch.cat([one if one.dim() == 3 else one[None] for one in answers])
+
+    def _batch(self, samples: int) -> Batched | None:
+        """All members in one call, if that is wanted and possible."""
+        if isinstance(self.members, Members):
+            if self.batched:
+                raise ValueError(
+                    "batched: members made on demand are asked one by one; leave it out"
+                )
+            return None
+        if self.batched is None:
+            if self._weights is None:
+                self._weights = sum(p.numel() for p in self.members[0].parameters())
+            if not self._weights or not faster(self.device, self._weights, samples):
+                return None
+        if self.training or any(p.requires_grad for p in self.members[0].parameters()):
+            return None
+        if self._together is None or not self._together.current(self.members):
+            self._together = None
+            try:
+                self._together = Batched(list(self.members))
+            except Unlike as error:
+                self._apart(error)
+        return self._together
+
+    def _apart(self, error: Unlike) -> None:
+        """They have to be asked one by one: an error only if something else was asked for."""
+        if self.batched:
+            raise ValueError(f"batched: {error}; leave it out") from None
+        self._weights = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.answer(combine(self.logits(x), self.combine, self.weights)).float()
@@ -127,8 +175,8 @@ class Ensemble(nn.Module):
             >>> said.probabilities.argmax(1), said.mutual_information  # doctest: +SKIP
         """
         together, opinions = Running(self.combine), Opinions()
-        for i, member in enumerate(self.members):
-            for one in self._asked(member, x, batch_size):
+        for i, answers in enumerate(self.each(x, batch_size)):
+            for one in answers:
                 together.add(one, self.weights[i] if self.weights else 1.0)
                 opinions.add(one)
         return opinions.prediction(self.answer(together.value()))
@@ -136,14 +184,17 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def ask(self, x: Tensor, batch_size: int = 500) -> Tensor:
         """Every member's logits for many samples, `(K, N, C)` on the CPU."""
-        return torch.cat([self._asked(member, x, batch_size) for member in self.members])
+        return torch.cat(list(self.each(x, batch_size)))
 
-    def _asked(self, member: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-        """`(1, N, C)` on the CPU; more of a network that is several members."""
+    @torch.no_grad()
+    def each(self, x: Tensor, batch_size: int = 500) -> Iterator[Tensor]:
+        """One member's logits after the other's, `(1, N, C)` on the CPU; more of a network that is
+        several members."""
         device = self.device
-        parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
-        logits = torch.cat(parts, dim=-2)
-        return logits if logits.dim() == 3 else logits[None]
+        for member in self.members:
+            parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
+            logits = torch.cat(parts, dim=-2)
+            yield logits if logits.dim() == 3 else logits[None]
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +240,8 @@ class Ensemble(nn.Module):
                 combine=self.combine,
                 weights=[self.weights[place] for place in places] if self.weights else None,
                 origin=self.origin,
+                input_shape=self.input_shape,
+                batched=self.batched,
             )
             .to(self.device)
             .eval()
@@ -209,3 +262,64 @@ class Ensemble(nn.Module):
         if self.origin is None:
             raise ValueError("save: only an ensemble that was loaded, or made of a run, is saved")
         self.origin.save(folder, self.ids, self.temperature)
+
+    def export(
+        self,
+        path: Any,
+        x: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> Exported:
+        """Write all members and how they are combined as one file, which runs without this package.
+
+        The file takes a batch of any size and gives probabilities, as a call does: scaled by the
+        temperature if `calibrated`. It is read back and compared before it is written.
+
+        Args:
+            path: ends in `.pt2` (for `torch.export.load`) or `.onnx` (for ONNX Runtime and others;
+                `pip install 'ray_subnets[export]'`).
+            x: inputs to compare on, beside random ones; their type is what the file takes.
+            dtype: what the file takes: `torch.uint8` images, which it normalises itself, or
+                `torch.float32` network inputs. Default: what the networks were trained on.
+            tolerance: largest difference of a probability that is allowed.
+
+        Raises:
+            ValueError: it cannot be exported, in one line that says why; or answers differ.
+
+        Example:
+            >>> ensemble.export("ensemble.pt2").difference  # doctest: +SKIP
+            >>> network = torch.export.load("ensemble.pt2").module()  # doctest: +SKIP
+            >>> network(images)  # doctest: +SKIP
+        """
+        if x is not None:
+            shape, dtype = tuple(x.shape[1:]), dtype or x.dtype
+        elif self.input_shape is None:
+            raise ValueError("export: give inputs x; what networks made by hand take is not known")
+        else:
+            shape = self.input_shape
+        dtype = dtype or (torch.uint8 if self.preprocess.mean else torch.float32)
+        if dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"export: inputs are torch.uint8 or torch.float32, not {dtype}")
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"export: x is {x.dtype} and dtype says {dtype}")
+        if dtype == torch.uint8 and not self.preprocess.mean:
+            raise ValueError("export: it was made of float inputs; dtype=torch.float32")
+        if self.calibrated:
+            self.answer(torch.full((1, 2), 0.5))  # is there a temperature?
+        whole = Ensemble(
+            list(self.members),
+            ids=self.ids,
+            preprocess=self.preprocess,
+            combine=self.combine,
+            weights=self.weights,
+            temperature=self.temperature,
+            calibrated=self.calibrated,
+        )
+        about = {
+            "members": list(self.ids),
+            "combine": self.combine,
+            "temperature": self.temperature if self.calibrated else None,
+            "input": [str(dtype).removeprefix("torch."), *shape],
+        }
+        return export(whole, shape, dtype, path, x=x, tolerance=tolerance, about=about)

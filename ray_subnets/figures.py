@@ -61,6 +61,16 @@ def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], ti
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
+def png(size: tuple[float, float], draw: Callable[[Figure], None], dpi: int = 150) -> bytes:
+    """The same drawing on white, for print and for pages that show no SVG."""
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def by_size(curve: Sequence[Mapping[str, float]], lines: Mapping[str, Mapping[str, float]]) -> str:
     """Test accuracy and NLL against the number of members, fittest first.
 

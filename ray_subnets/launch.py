@@ -7,6 +7,7 @@ characters that a shell would change, since `ray submit` joins them unquoted.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -27,7 +28,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import commands_benchmark, commands_policy, commands_serve, commands_sweep
+from ray_subnets import (
+    commands_benchmark,
+    commands_keep,
+    commands_policy,
+    commands_serve,
+    commands_sweep,
+)
 from ray_subnets.options import (
     Address,
     Overrides,
@@ -244,7 +251,7 @@ def _do(
     joins = address not in (None, "local")
     data = driver.load_data(config)
     model = driver.build(config, data)
-    weights = driver.given_weights(config, model) if fresh else None
+    weights = driver.given_weights(config, data, model) if fresh else None
     with progress.view(driver.jobs(config), err, quiet=quiet) as view, ExitStack() as stack:
         if not serial:  # before anything is written: the cluster may not answer
             view.note(f"joining Ray at {address}" if joins else "starting Ray")
@@ -330,19 +337,43 @@ def evaluate(run: RunArgument) -> None:
 
 
 @app.command(no_args_is_help=True)
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="with everything of analysis/: diversity, clusters, saliency, features, hashes, "
+            "landscapes or boundaries; minutes",
+        ),
+    ] = False,
+) -> None:
     """Write report.html of a finished run again and say where it is."""
     from ray_subnets import policy_report
     from ray_subnets import report as report_
     from ray_subnets.checkpoints import RunFolder
 
     folder = RunFolder.open(run, needs="result.json")
-    write = policy_report.write if commands_policy.owns(folder) else report_.write
-    out.print(str(write(folder)), soft_wrap=True)
+    if commands_policy.owns(folder):
+        out.print(policy_report.write(folder), soft_wrap=True)
+        return
+    if not full:
+        out.print(str(report_.write(folder)), soft_wrap=True)
+        return
+    try:  # the analyses stand above this package, which does without them
+        write = importlib.import_module("analysis.full").write
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--full: {error.name} is not installed; pip install 'ray_subnets[analysis]'"
+        ) from None
+    sys.path.append(str(Path.cwd()))
+    out.print(write(run, say=lambda line: err.print(line, style="dim", highlight=False)))
 
 
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
+app.command(no_args_is_help=True)(commands_keep.export)
+app.command(no_args_is_help=True)(commands_keep.distill)
 app.command(no_args_is_help=True)(commands_serve.serve)
 app.command()(commands_sweep.dashboard)
 

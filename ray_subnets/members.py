@@ -67,6 +67,7 @@ class MethodRecord(Kind):
     method: dict[str, Any]
     """its name and options"""
     networks: Annotated[tuple[Stored, ...], Field(min_length=1)]
+    temperature: Positive | None = None
 
 
 Record = Annotated[EnsembleRecord | MethodRecord, Field(discriminator="format")]
@@ -119,6 +120,8 @@ class Saved:
 
     folder: RunFolder
     record: EnsembleRecord | MethodRecord
+    build: Callable[[], nn.Module]
+    """a network of zeros, as the parent is"""
     keep: Any = None
     """lives as long as this does: a temporary folder goes when nobody needs it"""
 
@@ -137,6 +140,7 @@ class Saved:
             files = [member.weights for member in record.members]
             files += [record.parent] if _needs_parent(record) else []
         else:
+            record = record.model_copy(update={"temperature": temperature})
             files = list(record.networks)
         try:
             target = RunFolder.create(folder)
@@ -178,6 +182,7 @@ def load(
     model: nn.Module | Blueprint | None = None,
     on_demand: bool = False,
     calibrated: bool = False,
+    batched: bool | None = None,
     keep: Any = None,
 ) -> Ensemble:
     """The ensemble of a finished run, or one that was saved, ready to predict.
@@ -191,6 +196,8 @@ def load(
             parent and one child, whatever the number of members. Slower, by the time that it takes
             to read (sparse, stochastic) or draw (noisy) a child.
         calibrated: scale answers by the temperature that was fitted on validation data.
+        batched: ask all members in one call of `torch.func`, or one after the other; None:
+            whichever is faster for the device, the network and the inputs, by a fixed rule.
         keep: an object to keep for as long as the ensemble may read the folder.
 
     Returns:
@@ -206,16 +213,15 @@ def load(
     folder, record = _opened(run)
     source = f"{folder}/{ENSEMBLE}"
     build = _builder(record, model, folder, source)
-    shares, how = None, "probabilities"
+    shares, how, temperature = None, "probabilities", record.temperature
     networks: Sequence[nn.Module] | Members
-    temperature = None
     if isinstance(record, MethodRecord):
         networks = _of_method(record, folder, source, build)
         ids = [f"{i:03d}" for i in range(len(networks))]
     else:
         ids = ["parent"] * record.include_parent + [m.recipe.id for m in record.members]
         shares = [record.parent_share] * record.include_parent + [m.share for m in record.members]
-        how, temperature = record.combine, record.temperature
+        how = record.combine
         parent = folder.load_tensors(record.parent) if _needs_parent(record) else {}
         make = partial(_member, record, folder, source, build, parent)
         networks = Members(make, range(len(ids)))
@@ -229,7 +235,9 @@ def load(
         weights=shares,
         temperature=temperature,
         calibrated=calibrated,
-        origin=Saved(folder, record, keep),
+        origin=Saved(folder, record, build, keep),
+        input_shape=record.input_shape,
+        batched=batched if isinstance(record, EnsembleRecord) else False,
     )
     if calibrated and temperature is None:
         raise ValueError(f"calibrated: {source} has no temperature; use Ensemble.calibrate(x, y)")

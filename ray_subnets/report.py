@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +17,41 @@ from ray_subnets.summary import Scores
 _MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
 
 
-def write(folder: RunFolder) -> str:
+@dataclass(frozen=True)
+class SectionTable:
+    """A table of a section, and the file that a reader may take along."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    file: str
+    csv: str
+
+    @property
+    def href(self) -> str:
+        """The file itself, in the page."""
+        return f"data:text/csv;base64,{base64.b64encode(self.csv.encode()).decode()}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """More to show between diversity and time: what somebody else found out about the run.
+
+    Attributes:
+        figures: title, SVG in the page's text colour, caption.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[SectionTable] = ()
+    figures: Sequence[tuple[str, str, str]] = ()
+
+
+def write(folder: RunFolder, sections: Sequence[Section] = ()) -> str:
     """Write `report.html` of a finished run; returns where it is.
+
+    Args:
+        sections: more to show.
 
     Raises:
         ValueError: the run is not finished, or a file of it is damaged.
@@ -25,7 +61,9 @@ def write(folder: RunFolder) -> str:
         loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     try:
-        page = environment.get_template("report.html").render(**_content(folder, record))
+        page = environment.get_template("report.html").render(
+            **_content(folder, record), sections=sections
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}/result.json: incomplete or of another version ({error})"

@@ -194,7 +194,7 @@ def load_checkpoint(
     return epoch, images, seconds
 
 
-def _stores_masks(spec: ChildSpec) -> bool:
+def stores_masks(spec: ChildSpec) -> bool:
     """Is the final mask known only after tuning?"""
     return bool(spec.prune_epochs and spec.epochs) and spec.criterion == "magnitude"
 
@@ -210,7 +210,7 @@ def pack_child(
     if not METHODS[spec.method].prunes or removable(spec, sub):
         return weights
     packed = sparse.pack(weights, masks)
-    return packed | sparse.pack_masks(masks) if _stores_masks(spec) else packed
+    return packed | sparse.pack_masks(masks) if stores_masks(spec) else packed
 
 
 def kept_fractions(model: nn.Module, body: Anatomy, masks: Masks) -> dict[str, float]:
@@ -261,7 +261,7 @@ def restore(
         elif not METHODS[spec.method].prunes:
             weights = packed
         else:
-            if _stores_masks(spec):
+            if stores_masks(spec):
                 sub = Subnetwork(sparse.unpack_masks(packed, body.shapes))
                 packed = {n: t for n, t in packed.items() if not n.endswith(".kept")}
             else:

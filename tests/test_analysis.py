@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,17 @@ def test_figure_4_3_from_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="over sigma and density"):
         trust_region.load(tmp_path)
+
+
+def test_the_map_of_figures_names_what_is_there() -> None:
+    """Links, commands and configs of analysis/README.md; every module of analysis/ is in it."""
+    text = (REPOSITORY / "analysis/README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (REPOSITORY / "analysis" / target).exists(), target
+    modules = {path.stem for path in (REPOSITORY / "analysis").glob("*.py")} - {"__init__"}
+    for name in re.findall(r"analysis\.([a-z_]+)", text):
+        assert name in modules | {"benchmarks"}, name
+    for name in modules:
+        assert f"`{name}`" in text or f"analysis.{name}" in text, name
+    for name in re.findall(r"NAME=(study_[a-z_]+)|ray-subnets (?:run|benchmark) ([a-z]\w+)", text):
+        assert (REPOSITORY / f"configs/{''.join(name)}.yaml").exists(), name

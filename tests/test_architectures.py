@@ -16,6 +16,7 @@ from torch import nn
 
 import ray_subnets as rs
 from ray_subnets import metrics
+from ray_subnets.ensembles import Ensemble
 
 METHODS = [
     rs.Noisy(sigma=0.01, count=1),
@@ -115,6 +116,37 @@ def test_timm(name: str, size: int, options: dict[str, Any], tmp_path: Path) -> 
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
     check(model, size, tmp_path / "a")
+
+
+def exported(model: nn.Module, size: int, folder: Path) -> None:
+    """To both kinds of files; they are compared with the network as they are written."""
+    model.eval().requires_grad_(False)
+    ensemble = Ensemble(
+        [model], ids=["a"], preprocess=rs.Preprocess(), input_shape=(3, size, size)
+    ).eval()
+    for kind in ("pt2", "onnx"):
+        assert ensemble.export(folder / f"a.{kind}").difference <= 1e-5
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("name", "size", "options"), TORCHVISION)
+def test_torchvision_is_exported(
+    name: str, size: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    exported(get_model(name, weights=None, num_classes=CLASSES, **options), size, tmp_path)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.parametrize(("name", "size", "options"), TIMM)
+def test_timm_is_exported(name: str, size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    exported(timm.create_model(name, num_classes=CLASSES, **options), size, tmp_path)
 
 
 def test_the_table_has_a_dozen_of_each_and_table_4_1() -> None:

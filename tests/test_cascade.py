@@ -112,7 +112,7 @@ def test_luck_is_not_chosen() -> None:
 
 def test_it_keeps_the_accuracy_for_fewer_passes(logits: Tensor, labels: Tensor) -> None:
     ensemble = of(logits)
-    fitted = Cascade.fit(ensemble, INPUTS[:200], labels[:200], keep=0.99)
+    fitted = Cascade.fit(ensemble, INPUTS[:200], labels[:200], keep=0.99, by="accuracy")
     assert fitted.point is not None
     full = metrics.accuracy(combine(logits[:, :200]), labels[:200])
     assert fitted.point.accuracy >= 0.99 * full
@@ -123,6 +123,19 @@ def test_it_keeps_the_accuracy_for_fewer_passes(logits: Tensor, labels: Tensor) 
     assert sorted(fitted.ensemble.ids) == sorted(ensemble.ids)
     best = min(range(K), key=lambda k: metrics.nll(logits[k, :200].softmax(1), labels[:200]))
     assert fitted.ensemble.ids[0] == f"m{best}"
+
+
+def test_by_default_it_keeps_the_answers(logits: Tensor, labels: Tensor) -> None:
+    fitted = Cascade.fit(of(logits), INPUTS, labels, keep=0.99)
+    assert fitted.point is not None
+    whole = combine(logits).argmax(1)
+    p, asked = fitted.predict(INPUTS)
+    same = float((p.argmax(1) == whole).double().mean())
+    assert 0.99 <= same == fitted.point.agreement < 1
+    assert float(asked.double().mean()) < 0.9 * K
+    looser = Cascade.fit(of(logits), INPUTS, labels, keep=0.9).point
+    assert looser is not None
+    assert looser.passes < fitted.point.passes
 
 
 def test_choosing_for_a_budget_is_forward_selection(logits: Tensor, labels: Tensor) -> None:

@@ -28,9 +28,13 @@ FLOORS = [
         *["models.densenet", "models.impala"],
     ],
     ["models", "imagefolders", "corruptions"],
-    ["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
-    ["ensembles"],
+    [
+        *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
+        "batched",
+    ],
     ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
+    ["exporting"],
+    ["ensembles"],
     ["checkpoints", "shifted", "films"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -45,7 +49,7 @@ FLOORS = [
     ["config", "pools", "methods", "policy_worker", "policy_summary"],
     ["configfile"],
     ["members", "policyfile"],
-    ["cascade"],
+    ["cascade", "students"],
     ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
     ["plan", "trials", "cells", "policy_run"],
     ["benchmark", "policy_members", "policy_cells", "policy_sweepfile"],
@@ -71,14 +75,14 @@ FLOORS = [
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.policies"],
     ["distributed.sweeps"],
-    ["api", "commands_benchmark", "commands_policy", "commands_serve"],
-    ["commands_sweep"],
+    ["distilling", "api", "commands_benchmark", "commands_policy", "commands_serve"],
+    ["commands_sweep", "commands_keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[2:11] for name in names if name not in READERS]
-GROUND_FLOOR += ["trust_region", "ppo", "policies"]
+GROUND_FLOOR = [name for names in FLOORS[2:10] for name in names if name not in READERS]
+GROUND_FLOOR += ["ensembles", "trust_region", "ppo", "policies"]
 
 
 def modules() -> dict[str, Path]:

@@ -13,6 +13,7 @@ from tiny import equal, run_serial, tiny
 from torch import Tensor, nn
 
 import ray_subnets as rs
+from analysis import pretrained_networks
 from ray_subnets import configfile, datasets, driver, models, pretrained
 from ray_subnets.checkpoints import RunFolder
 
@@ -211,4 +212,15 @@ def test_the_data_decides_the_shape_of_the_classifier() -> None:
         "children: [{method: noisy, sigma: 1, count: 1}]}",
         "a",
     )
-    assert driver.given_weights(settings, driver.build(settings, data)) is None
+    assert driver.given_weights(settings, data, driver.build(settings, data)) is None
+
+
+def test_a_part_of_the_classes_would_be_misnumbered(tmp_path: Path) -> None:
+    """The fourth folder of ten is class 3 for us, whatever the weights call it."""
+    pretrained_networks.generate(tmp_path)
+    changed = pretrained_networks.overrides("squeezenet", str(tmp_path), generated=True)
+    changed += [f"weights={safe(STATE, tmp_path / 'a.safetensors')}", "data.num_classes=10"]
+    settings = configfile.load("imagenet_noisy_squeezenet", changed)
+    data = driver.load_data(settings)
+    with pytest.raises(ValueError, match=r"data\.num_classes: 10, but there are 4 class folders"):
+        driver.given_weights(settings, data, MLP)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,6 +51,7 @@ def folder(ensemble: rs.Ensemble, tmp_path_factory: pytest.TempPathFactory) -> P
     [
         (["nowhere"], "no such folder"),
         (["FOLDER", "--cascade"], "cascade.json"),
+        (["FOLDER", "--model", "nowhere:build"], "--model: cannot import 'nowhere:build'"),
         (["FOLDER", "--port", "1", "--host", "203.0.113.1"], "--port: 203.0.113.1:1 cannot"),
     ],
 )
@@ -83,6 +85,36 @@ def test_what_a_cascade_says(ensemble: rs.Ensemble, inputs: torch.Tensor) -> Non
     assert (short["asked"] <= len(ensemble)).all()
 
 
+def test_a_network_that_the_folder_cannot_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--model` names a function that does, and replicas get the network without its weights."""
+    from ray_subnets.commands_serve import _blueprint
+    from ray_subnets.distributed.serving import What
+
+    (tmp_path / "served_nets.py").write_text(
+        "import torch\n\n\ndef build(num_classes):\n    return torch.nn.Linear(4, num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    given = torch.nn.Linear(4, 3)
+    made = rs.ensemble(
+        given,
+        (x, y),
+        (x, y),
+        method=rs.Noisy(sigma=0.1, mask_classifier=True),
+        children=2,
+        progress=False,
+    )
+    made.save(tmp_path / "saved")
+    run = str(tmp_path / "saved")
+    with pytest.raises(ValueError, match="given in Python"):
+        What(run).load()
+    served = What(run, model=_blueprint(run, "served_nets:build"), on_demand=True).load()
+    assert torch.equal(served(x), made(x))
+
+
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[serving.Server]:
     size = str(serving.MAX_BYTES / 1e6)
@@ -93,11 +125,11 @@ def served(folder: Path) -> Iterator[serving.Server]:
 
 
 def ask(url: str, path: str, body: bytes | None = None, kind: str = "") -> tuple[int, bytes]:
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
-    headers = {"Content-Type": kind}
-    connection.request("GET" if body is None else "POST", path, body, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=120)) as connection:
+        headers = {"Content-Type": kind}
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 @pytest.mark.cluster
