@@ -159,13 +159,18 @@ def run(
     Args:
         listen: called with every report, for progress and logs.
     """
-    doing = steps(config, data, folder, pool, cost=cost, choose=choose)
+    return heard(steps(config, data, folder, pool, cost=cost, choose=choose), listen)
+
+
+def heard(doing: Generator[Report, None, dict[str, Any]], listen: Listener) -> dict[str, Any]:
+    """Do all of it, and tell every report; returns what it returns."""
     while True:
         try:
-            listen(next(doing))
+            report = next(doing)
         except StopIteration as end:
             record: dict[str, Any] = end.value
             return record
+        listen(report)
 
 
 def steps(

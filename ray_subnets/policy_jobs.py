@@ -6,11 +6,11 @@ Frozen dataclasses of plain numbers and strings, as in `recipes.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_subnets.policy_recipes import PPO, Env
-from ray_subnets.recipes import ChildSpec, Stored
+from ray_subnets.recipes import ChildSpec, Described, Stored
 
 Choice = Literal["sample", "argmax"]
 Combine = Literal["probabilities", "logits", "vote"]
@@ -22,7 +22,7 @@ def rollouts(ppo: PPO, num_envs: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyFit:
+class PolicyFit(Described):
     """Train a policy from its initial weights: the parent."""
 
     id: str
@@ -34,12 +34,9 @@ class PolicyFit:
     def epochs(self) -> int:
         return rollouts(self.ppo, self.env.num_envs)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyChild:
+class PolicyChild(Described):
     """Make a child of the parent's actor and tune it by PPO, its critic with it."""
 
     spec: ChildSpec
@@ -54,9 +51,6 @@ class PolicyChild:
     @property
     def epochs(self) -> int:
         return self.spec.epochs
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +79,7 @@ class Player:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match:
+class Match(Described):
     """Let several policies play the same levels: one episode in each environment."""
 
     id: str
@@ -100,12 +94,9 @@ class Match:
     def epochs(self) -> int:
         return 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Film:
+class Film(Described):
     """Let a policy play and keep what is seen."""
 
     id: str
@@ -119,12 +110,9 @@ class Film:
     def epochs(self) -> int:
         return 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyCell:
+class PolicyCell(Described):
     """A cell of a sweep with one seed: a run of its own, of a parent that other cells share."""
 
     id: str
@@ -140,9 +128,6 @@ class PolicyCell:
     @property
     def epochs(self) -> int:
         return self.rollouts
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def split(players: Sequence[Player], most: int) -> list[tuple[Player, ...]]:

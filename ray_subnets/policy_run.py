@@ -7,7 +7,7 @@ depends on where they are done.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,7 @@ from ray_subnets.recipes import Job, Note, Result, derive
 from ray_subnets.spawning import anatomy
 from ray_subnets.stored import stored_result
 
-Listener = Callable[[Report], None]
+Listener = driver.Listener
 ALL = "all"
 """the ensemble of every group's children"""
 
@@ -189,13 +189,7 @@ def run(
         ValueError: the parent diverged, no child is left, or an episode does not end. What was
             computed stays in the folder.
     """
-    doing = steps(config, data, folder, pool, parent=parent)
-    while True:
-        try:
-            listen(next(doing))
-        except StopIteration as end:
-            record: dict[str, Any] = end.value
-            return record
+    return driver.heard(steps(config, data, folder, pool, parent=parent), listen)
 
 
 def steps(

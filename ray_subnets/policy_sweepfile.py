@@ -21,7 +21,7 @@ from ray_subnets import configfile, policyfile
 from ray_subnets.groups import Section
 from ray_subnets.policy_jobs import PolicyCell
 from ray_subnets.policyfile import NoisyPolicy, PolicyConfig, SparsePolicy, StochasticPolicy
-from ray_subnets.sweepfile import MOST, cell_id
+from ray_subnets.sweepfile import MOST, cell_id, groups_with
 
 GROUPS: dict[str, type[Section]] = {
     "noisy": NoisyPolicy,
@@ -70,13 +70,7 @@ class PolicySweep:
             raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
         if first in PolicyConfig.model_fields:
             return [key]
-        groups = self.base.get("children") or []
-        having = [
-            index
-            for index, group in enumerate(groups)
-            if isinstance(group, Mapping)
-            and first in getattr(GROUPS.get(group.get("method", "")), "model_fields", {})
-        ]
+        having = groups_with(self.base, first, GROUPS)
         if not having:
             known = ", ".join(PolicyConfig.model_fields)
             raise ValueError(

@@ -34,6 +34,14 @@ def derive(seed: int, *path: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
+@dataclass(frozen=True)
+class Described:
+    """What can be written as JSON, to be compared with what a result or checkpoint was made of."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How one network is trained: enough to do it again, given data and a seed."""
@@ -63,7 +71,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChildSpec:
+class ChildSpec(Described):
     """A child is a recipe: with the parent's weights it gives the child, bit for bit.
 
     Raises:
@@ -147,12 +155,9 @@ class ChildSpec:
         """Is the recipe whole? One with a KL target needs its sigma first."""
         return self.kl_target is None or self.sigma > 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(Described):
     """Train a network from its initial weights: the parent, or a single model beside it."""
 
     id: str
@@ -163,12 +168,9 @@ class Fit:
     def epochs(self) -> int:
         return self.training.epochs
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Solve:
+class Solve(Described):
     """Find the noise for a KL target, given the parent: `trustRegionSearch` of algorithm 1."""
 
     id: str
@@ -184,12 +186,9 @@ class Solve:
     def epochs(self) -> int:
         return 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Cell(Described):
     """Make and measure one method of a benchmark, with one seed: a run of its own."""
 
     id: str
@@ -211,12 +210,9 @@ class Cell:
     def epochs(self) -> int:
         return self.budget
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Shifted:
+class Shifted(Described):
     """Measure the ensemble of a finished cell on shifted data."""
 
     id: str
@@ -233,9 +229,6 @@ class Shifted:
     @property
     def epochs(self) -> int:
         return 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 RunJob = Fit | ChildSpec | Solve

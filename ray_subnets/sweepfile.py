@@ -97,6 +97,18 @@ class SweepSection(Section):
         return self
 
 
+def groups_with(
+    base: Mapping[str, Any], setting: str, kinds: Mapping[str, type[Section]]
+) -> list[int]:
+    """Which groups under `children:` have this setting, by their method's kind of group."""
+    return [
+        index
+        for index, group in enumerate(base.get("children") or [])
+        if isinstance(group, Mapping)
+        and setting in getattr(kinds.get(group.get("method", "")), "model_fields", {})
+    ]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A base configuration and what is varied."""
@@ -121,13 +133,7 @@ class Sweep:
             if key == "seed":
                 raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
             return [key]
-        groups = self.base.get("children") or []
-        having = [
-            index
-            for index, group in enumerate(groups)
-            if isinstance(group, Mapping)
-            and first in getattr(GROUPS.get(group.get("method", "")), "model_fields", {})
-        ]
+        having = groups_with(self.base, first, GROUPS)
         if not having:
             raise ValueError(
                 f"{self.source}: sweep.keys.{key}: neither the run nor a group of children has "
