@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from ray_subnets import figures, metrics, table
 from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.regression import classifiers_only
 from ray_subnets.summary import Scores
 
 _MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
@@ -57,6 +58,7 @@ def write(folder: RunFolder, sections: Sequence[Section] = ()) -> str:
         ValueError: the run is not finished, or a file of it is damaged.
     """
     record = folder.read_json("result.json")
+    classifiers_only(record.get("head", "classes"), "report")
     environment = Environment(
         loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
