@@ -13,7 +13,7 @@ from tiny import run_serial, tiny
 from torch import Tensor, nn
 
 from analysis import full, landscapes, surfaces
-from ray_subnets import models
+from ray_subnets import commands_report, models
 from ray_subnets.checkpoints import RunFolder
 
 
@@ -182,3 +182,8 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert not re.search(r'(?:src|href)="https?://', text.replace("http://www.w3.org", ""))
     assert len(said) == 7
     assert (folder / "analysis/landscape_2d.png").exists()
+
+
+def test_an_address_needs_something_to_spread() -> None:
+    with pytest.raises(ValueError, match="--address: only the analyses of --full"):
+        commands_report.report("nowhere", full=False, address="local")
