@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ray_subnets import regression
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.summary import Scores
 
 
 class RegressionScores(Scores):
-    """`Scores` of networks with a Gaussian or an MSE head; outputs are small, so all are kept."""
+    """`Scores` of networks with a Gaussian or an MSE head.
+
+    One or two outputs for each sample are little, so those of all networks stay in memory.
+    """
 
     def __init__(self, folder: RunFolder, head: str, by: str) -> None:
         super().__init__(folder, "probabilities", by)
         self.head = head
+
+    def _load(self, id: str) -> dict[str, Tensor]:
+        if id not in self._loaded:
+            arrays = self.folder.load_arrays(f"outputs/{id}.npz")
+            self._loaded[id] = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        return self._loaded[id]
 
     def test(self, ids: Sequence[str]) -> dict[str, float]:
         """RMSE, MAE and, for a Gaussian head, NLL of the members together."""
@@ -40,6 +52,7 @@ class RegressionScores(Scores):
         return regression.gaussian_kl(parent, child)
 
     def by_size(self, ids: Sequence[str]) -> list[dict[str, float]]:
+        """Test measures of the first k of `ids`, k = 1 to all."""
         outputs, targets = self.logits(ids, "test"), self.labels["test"]
         return [
             {"members": k} | regression.scores(outputs[:k], targets, self.head)

@@ -259,6 +259,15 @@ def test_by_name_with_a_data_set_and_a_loader() -> None:
     assert torch.equal(scanned(TEST[0]), in_memory(TEST[0]))
 
 
+def test_built_by_name_it_needs_no_network_to_load(tmp_path: Path) -> None:
+    training = rs.Training(epochs=1, batch_size=32, lr=0.01)
+    made = make({"name": "mlp", "hidden": [8]}, "mse", parent=training)
+    made.save(tmp_path / "kept")
+    again = rs.load(tmp_path / "kept")
+    assert isinstance(again, Regressor)
+    assert torch.equal(again(TEST[0]), made(TEST[0]))
+
+
 @pytest.mark.cluster
 def test_on_ray_the_same_bits(tmp_path: Path) -> None:
     how: dict[str, Any] = {"parent": rs.Training(epochs=2, batch_size=32, lr=0.01)}
