@@ -176,7 +176,7 @@ def test_the_whole_page(tmp_path: Path) -> None:
         "Loss landscapes",
         "Not for this run",
     ):
-        assert f"<h2>{title}</h2>" in text
+        assert f"<h3>{title}</h3>" in text
     assert "boundaries: boundaries can be drawn of inputs with two numbers" in text
     assert text.count("data:text/csv;base64,") >= 6
     assert not re.search(r'(?:src|href)="https?://', text.replace("http://www.w3.org", ""))
