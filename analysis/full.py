@@ -24,6 +24,7 @@ from analysis import (
 from analysis.features import Settings
 from analysis.findings import Findings, Table
 from analysis.folders import Run
+from analysis.surfaces import Mapper
 from ray_subnets import report
 from ray_subnets.report import Section, SectionTable
 
@@ -46,12 +47,16 @@ class Sizes:
 
 
 def sections(
-    run: Run, say: Callable[[str], None] = lambda line: None, sizes: Sizes | None = None
+    run: Run,
+    say: Callable[[str], None] = lambda line: None,
+    sizes: Sizes | None = None,
+    mapper: Mapper = map,
 ) -> list[Section]:
     """Everything that can be said of this run, and what cannot.
 
     Args:
         say: is told what is being done.
+        mapper: how rows of landscapes are made, see `surfaces.surface`.
 
     Raises:
         ValueError: the results cannot be written.
@@ -68,7 +73,9 @@ def sections(
             run, shown=much.channels, most=much.members, settings=how
         ),
         "hashes": lambda: hashes.find([run], plan),
-        "landscapes": lambda: landscapes.find(run, place, side=much.side, samples=300),
+        "landscapes": lambda: landscapes.find(
+            run, place, side=much.side, samples=300, mapper=mapper
+        ),
         "boundaries": lambda: boundaries.find(run),
     }
     found, absent = [], []
@@ -115,11 +122,12 @@ def write(
     run: str | Path,
     say: Callable[[str], None] = lambda line: None,
     sizes: Sizes | None = None,
+    mapper: Mapper = map,
 ) -> str:
-    """`report.html` with all of it; returns where it is.
+    """`report.html` with all of it; returns where it is. Arguments: see `sections`.
 
     Raises:
         ValueError: not a finished run, or the results cannot be written.
     """
     opened = Run.open(run)
-    return report.write(opened.folder, sections(opened, say, sizes))
+    return report.write(opened.folder, sections(opened, say, sizes, mapper))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from analysis import findings
 from analysis.findings import Findings, Picture, Table
 from analysis.folders import Run
-from analysis.surfaces import Landscape, directions, kept, line, sharpness, surface
+from analysis.surfaces import Landscape, Mapper, directions, kept, line, sharpness, surface
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.figures import BLUE, ORANGE, RED
 
@@ -60,7 +60,13 @@ def _key(network: nn.Module, x: Tensor, y: Tensor, *settings: float) -> str:
 
 
 def kept_surface(
-    place: RunFolder, name: str, landscape: Landscape, side: int, span: float, seed: int
+    place: RunFolder,
+    name: str,
+    landscape: Landscape,
+    side: int,
+    span: float,
+    seed: int,
+    mapper: Mapper = map,
 ) -> np.ndarray:
     """`surface`, with its rows in `landscape_NAME.npz`: those that are there are not made again."""
     key = _key(landscape.network, landscape.x, landscape.y, side, span, seed)
@@ -73,7 +79,7 @@ def kept_surface(
     def keep(losses: np.ndarray) -> None:
         place.save_arrays(file, {"losses": losses, "key": np.array(key)})
 
-    return surface(landscape, side, span, known=known, keep=keep)
+    return surface(landscape, side, span, known=known, keep=keep, mapper=mapper)
 
 
 def _norm(surfaces: Mapping[str, np.ndarray]) -> LogNorm:
@@ -186,8 +192,12 @@ def find(
     span: float = 1.0,
     samples: int = 400,
     seed: int = 0,
+    mapper: Mapper = map,
 ) -> Findings:
     """Fig 5.7 of a run, the lines, and the sharpness of each stage.
+
+    Args:
+        mapper: how rows of surfaces are made, see `surfaces.surface`.
 
     Raises:
         ValueError: the run has no parent, its data set is not here, or a file is missing.
@@ -200,7 +210,7 @@ def find(
             masks = kept(network, pruned=pruned)
             first, second = directions(network, masks, seed)
             landscape = Landscape(network, x, y, first, second)
-            surfaces[name] = kept_surface(place, name, landscape, side, span, seed)
+            surfaces[name] = kept_surface(place, name, landscape, side, span, seed, mapper)
             rise, error = sharpness(network, masks, x, y)
             centre = landscape.at(0, 0)
             low = float((surfaces[name] < centre + 0.5).mean())

@@ -1,4 +1,4 @@
-"""Figures of the studies: what Figs 4.3, 5.4, 5.5 and Table 6.1 show, from our runs.
+"""Figures of the studies: what Figs 4.3, 5.4, 5.5, 6.1 and Table 6.1 show, from our runs.
 
     python -m analysis.studies runs --figure analysis/figures/studies.png
 
@@ -165,11 +165,44 @@ def annealing_table(root: str) -> str:
     return "\n".join(lines)
 
 
+def tau(schedule: str) -> Callable[[Axes, str], None]:
+    """Fig 6.1: accuracy minus the one-shot child's against tau, a line for each length.
+
+    Theirs was best at tau .4 to .6 and 5 or 10 of 20 epochs: 2.5 or 5 of our 10.
+    """
+
+    def draw(axes: Axes, root: str) -> None:
+        table = frame(records(_runs(root, "tau")))
+        end = "-1C" if schedule == "one-cycle" else ""
+        base = table[table["group"] == f"one_shot{end}"].set_index("seed")["accuracy"]
+        groups = table[table["group"].str.startswith(f"{schedule}-tau")].copy()
+        for key in ("tau", "anneal_epochs"):
+            groups[key] = [_value(label, key) for label in groups["group"]]
+        groups["gain"] = 100 * (groups["accuracy"] - groups["seed"].map(base))
+        for colour, (length, mine) in zip(
+            METHODS.values(), groups.groupby("anneal_epochs"), strict=False
+        ):
+            by_tau = mine.groupby("tau")["gain"]
+            mean, error = by_tau.mean(), by_tau.sem().fillna(0)
+            label = f"{length:g} epochs" + (", theirs: best" if length <= 5 else "")
+            axes.errorbar(mean.index, mean, error, color=colour, marker="o", ms=4, label=label)
+        axes.axvspan(0.4, 0.6, color=BLUE, alpha=0.08, lw=0, label="theirs: best")
+        axes.axhline(0, color=RED, ls="--", lw=1)
+        axes.set(
+            xlabel="initial temperature",
+            ylabel="accuracy minus one-shot's",
+            title=f"Fig 6.1: {schedule} rate",
+        )
+
+    return draw
+
+
 PANELS: dict[str, list[Callable[[Axes, str], None]]] = {
     "sparsity": [sparsity],
     "size": [size],
     "noise": [noise],
     "annealing": [annealing("constant"), annealing("one-cycle")],
+    "tau": [tau("constant"), tau("one-cycle")],
 }
 
 

@@ -13,6 +13,7 @@ import ray_subnets
 MODULES = (
     "ray_subnets",
     *(f"ray_subnets.{name}" for name in ("config", "groups", "recipes", "answers", "cascade")),
+    *(f"ray_subnets.{name}" for name in ("regression", "regressor")),
     *(f"ray_subnets.{name}" for name in ("metrics", "masks", "schedules", "requested")),
 )
 

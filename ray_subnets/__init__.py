@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
+    from ray_subnets.regressor import Regressor as Regressor
     from ray_subnets.spawning import spawn as spawn
     from ray_subnets.trust_region import solve_sigma as solve_sigma
 
@@ -45,6 +46,7 @@ _HOME = {
     "Noisy": "methods",
     "OneCycle": "methods",
     "Preprocess": "data",
+    "Regressor": "regressor",
     "Sparse": "methods",
     "Split": "data",
     "Stochastic": "methods",

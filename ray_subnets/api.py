@@ -36,6 +36,8 @@ from ray_subnets.methods import Method, groups_of, training
 from ray_subnets.pools import SerialPool
 from ray_subnets.population import Worker
 from ray_subnets.recipes import Training
+from ray_subnets.regression import OUTPUTS, Head
+from ray_subnets.regression import check as check_head
 
 _GIVEN = "given.json"
 
@@ -46,6 +48,7 @@ def ensemble(
     val: Any,
     *,
     method: Method | Sequence[Method],
+    head: Head = "classes",
     children: int | None = None,
     tune: Training | None = None,
     parent: Training | None = None,
@@ -66,7 +69,7 @@ def ensemble(
     calibrated: bool = False,
     progress: bool = True,
 ) -> Ensemble:
-    """Make children of a trained classifier, tune them, keep the best: an ensemble.
+    """Make children of a trained classifier, or regression network, tune them, keep the best.
 
     The network that is given stays as it is: its weights, mode and `requires_grad`. Weights that
     are frozen stay frozen in children too, unless all are.
@@ -81,6 +84,10 @@ def ensemble(
             with fresh random transforms, whose draws follow from `seed`.
         val: the same, of other samples: fitness, selection and temperature come from it.
         method: `Noisy(...)`, `Sparse(...)`, `Stochastic(...)`, or a list of them.
+        head: what the network's outputs are. `classes`: logits `(N, C)`. For regression of one
+            target, a number for each sample in place of labels, `(N,)` or `(N, 1)`: `gaussian`,
+            mean and logarithm of the variance `(N, 2)`, tuned by its NLL; `mse`, the mean `(N, 1)`
+            or `(N,)`, tuned by the squared error. Then a `Regressor` comes back.
         children: in all; methods that do not say `count` share it evenly.
         tune: how children are tuned, `OneCycle(epochs=2)` or `Training(...)`. Batches are shuffled
             here and have `tune.batch_size` samples; a `DataLoader` brings its own batch size.
@@ -88,8 +95,9 @@ def ensemble(
             new data. Default: it is the parent as it is.
         test: as `val`; measured once, after members were chosen, for `ensemble.record`.
         select: how many members to take (the fittest); or `{count, by, method}` as in a
-            configuration. Default: every child that did not fail.
-        combine: `probabilities` (their mean), `weighted`, `logits`, `vote`.
+            configuration; `by` is `nll` by default, `rmse` for an MSE head.
+            Default: every child that did not fail.
+        combine: `probabilities` (their mean), `weighted`, `logits`, `vote`; for classifiers.
         include_parent: is the network itself a member?
         preprocess: mean and standard deviation of the channels of uint8 images.
         crop, flip: augment image tensors: pixels of padding before a random crop, random flips.
@@ -124,15 +132,19 @@ def ensemble(
     else:
         where = torch.device("cpu")
     where = _device(device, where)
+    check_head(head)
+    real = head != "classes"
     given = {
-        "train": sources.source("train", train, keep=False),
-        "val": sources.source("val", val, keep=True),
+        "train": sources.source("train", train, keep=False, real=real),
+        "val": sources.source("val", val, keep=True, real=real),
     }
     if test is not None:
-        given["test"] = sources.source("test", test, keep=True)
-    labelled = max(int(one.split.labels.max()) for one in given.values()) + 1
+        given["test"] = sources.source("test", test, keep=True, real=real)
+    labelled = (
+        OUTPUTS[head] if real else max(int(one.split.labels.max()) for one in given.values()) + 1
+    )
     network, weights, name, classes = networks.examined(
-        model, given["val"], labelled, preprocess, architecture
+        model, given["val"], labelled, preprocess, architecture, head
     )
     data = sources.assemble(
         given["train"],
@@ -152,7 +164,9 @@ def ensemble(
             "model": name,
             "parent": _trained("parent", parent, size) or {"epochs": 0},
             "children": groups_of(method, children, _trained("tune", tune, size)),
-            "select": {"count": select} if isinstance(select, int) else dict(select or {}),
+            "head": head,
+            "select": ({"by": "rmse"} if head == "mse" else {})
+            | ({"count": select} if isinstance(select, int) else dict(select or {})),
             "combine": combine,
             "include_parent": include_parent,
             "single": False,

@@ -24,6 +24,7 @@ from ray_subnets.combining import Running, combine, greedy, right_class
 from ray_subnets.ensembles import Ensemble
 from ray_subnets.groups import Section
 from ray_subnets.recipes import NonNegative, Positive
+from ray_subnets.regression import classifiers_only
 
 CASCADE = "cascade.json"
 NEVER = 2.0
@@ -148,6 +149,7 @@ def choose(ensemble: Ensemble, x: Tensor, y: Tensor, count: int, batch_size: int
     Raises:
         ValueError: there are not so many members.
     """
+    classifiers_only(ensemble.head, "choose")
     if not 1 <= count <= len(ensemble.ids):
         raise ValueError(f"count: {count} of {len(ensemble.ids)} members; choose fewer")
     logits = ensemble.ask(x, batch_size)
@@ -182,7 +184,7 @@ class Cascade(nn.Module):
         point: what it gave on validation data when it was fitted.
 
     Raises:
-        ValueError: members are not combined by their mean or by vote.
+        ValueError: members are not combined by their mean or by vote, or are for regression.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Cascade(nn.Module):
         calibrated: bool = False,
     ) -> None:
         super().__init__()
+        classifiers_only(ensemble.head, "cascade")
         if ensemble.combine not in ("probabilities", "vote"):
             raise ValueError(
                 f"combine: a cascade is for members that are combined by probabilities or vote, "

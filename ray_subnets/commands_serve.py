@@ -158,9 +158,11 @@ def _examined(what: What, max_samples: int, max_bytes: int) -> tuple[Terms, dict
     from ray_subnets import __version__, members
     from ray_subnets.cascade import CASCADE, Cascade
     from ray_subnets.checkpoints import RunFolder
+    from ray_subnets.regression import classifiers_only
     from ray_subnets.requested import Terms
 
     record = members.record_of(what.run)
+    classifiers_only(record.head, "serve")
     if what.cascade and not RunFolder(what.run).exists(CASCADE):
         raise ValueError(
             f"--cascade: {what.run} has no {CASCADE}; write one with "

@@ -35,6 +35,7 @@ from ray_subnets.recipes import (
     Training,
     derive,
 )
+from ray_subnets.regression import Head
 
 GIVEN = "given.safetensors"
 """in the run folder: the weights that the parent starts from, if they are not drawn"""
@@ -114,8 +115,8 @@ class SinglesSection(Section):
 class SelectSection(Section):
     count: Count | None = None
     """members taken from all children; default: every child that did not fail"""
-    by: Literal["nll", "accuracy"] = "nll"
-    """fitness, on validation data"""
+    by: Literal["nll", "accuracy", "rmse"] = "nll"
+    """fitness, on validation data; rmse is for regression, nll also for its Gaussian head"""
     method: Literal["best", "greedy"] = "best"
     """best: the fittest (algorithm 1); greedy: one at a time, whichever lowers the ensemble's
     validation NLL most, until none does or `count` are taken"""
@@ -160,6 +161,9 @@ class Config(Section):
         Field(min_length=1),
     ]
     select: SelectSection = SelectSection()
+    head: Head = "classes"
+    """what outputs are: logits of classes, or (in Python) mean and logarithm of the variance of a
+    target (gaussian), or its mean (mse)"""
     combine: Literal["probabilities", "weighted", "logits", "vote"] = "probabilities"
     """how members' outputs become one (section 3.2.5)"""
     include_parent: bool = False
@@ -198,6 +202,38 @@ class Config(Section):
                 f"select.count: {self.select.count} members of {total} children; "
                 "add children or select fewer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Config:
+        """Some settings are for classifiers, some for regression."""
+        by = self.select.by
+        if self.head == "classes":
+            if by == "rmse":
+                raise ValueError("select.by: rmse is for regression; use nll or accuracy")
+            return self
+        fits = ("nll", "rmse") if self.head == "gaussian" else ("rmse",)
+        if by not in fits:
+            raise ValueError(f"select.by: {by} is not for head {self.head}; use {fits[-1]}")
+        if self.select.method == "greedy":
+            raise ValueError("select.method: greedy is for classifiers; use best")
+        if self.combine != "probabilities":
+            raise ValueError(
+                f"combine: {self.combine} is for classifiers; regression networks are an even "
+                "mixture, leave it out"
+            )
+        trained: list[tuple[str, Training]] = [("parent", self.parent)]
+        for index, group in enumerate(self.children):
+            if isinstance(group, Noisy):
+                if group.kl_target is not None:
+                    raise ValueError(
+                        f"children.{index}.kl_target: for classifiers only; give sigma instead"
+                    )
+            else:
+                trained.append((f"children.{index}.tune", group.tune))
+        for name, training in trained:
+            if training.label_smoothing:
+                raise ValueError(f"{name}.label_smoothing: for classifiers only; leave it out")
         return self
 
     # --- what follows from the settings ---
@@ -266,6 +302,7 @@ class Config(Section):
             model=self.model.name,
             model_options=self.model.options,
             fitness=self.select.by,
+            head=self.head,
             threads=self.resources.threads,
             channels_last=self.resources.channels_last,
             import_from=str(Path.cwd()),

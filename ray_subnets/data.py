@@ -23,7 +23,7 @@ from ray_subnets.streaming import ImageFiles, Sample
 @dataclass(frozen=True)
 class Split:
     """`images` `(N, *shape)`: uint8 or floating point, or files of them, or samples of a torch data
-    set; `labels` `(N,)` int64."""
+    set; `labels` `(N,)`: int64, or float32 targets of regression."""
 
     images: Tensor | ImageFiles | Items
     labels: Tensor
@@ -67,6 +67,7 @@ class Data:
     validation: Split
     test: Split
     num_classes: int
+    """for regression: outputs of the network for each sample"""
     preprocess: Preprocess
     crop: int = 0
     """pixels of zero padding before a random crop to the original size; 0: none"""
@@ -88,7 +89,7 @@ def check_split(name: str, split: Split, num_classes: int | None = None) -> None
 
     Raises:
         ValueError: empty, images and labels that do not fit together, labels outside the classes,
-            NaN or infinite inputs; the message names the split and the sample.
+            NaN or infinite inputs or targets; the message names the split and the sample.
     """
     if len(split.images.shape) < 2 or split.labels.dim() != 1:
         raise ValueError(
@@ -101,9 +102,18 @@ def check_split(name: str, split: Split, num_classes: int | None = None) -> None
         )
     if len(split) == 0:
         raise ValueError(f"data: the {name} split is empty")
-    wrong = split.labels < 0
-    if num_classes is not None:
-        wrong |= split.labels >= num_classes
+    if split.labels.is_floating_point():
+        lost = ~split.labels.isfinite()
+        if lost.any():
+            raise ValueError(
+                f"data: {name} has {int(lost.sum())} targets that are NaN or infinite, the first "
+                f"is sample {int(lost.nonzero()[0])}; remove or repair them"
+            )
+        wrong = torch.zeros_like(lost)
+    else:
+        wrong = split.labels < 0
+        if num_classes is not None:
+            wrong |= split.labels >= num_classes
     if wrong.any():
         at = int(wrong.nonzero()[0])
         last = num_classes - 1 if num_classes else int(split.labels.max())

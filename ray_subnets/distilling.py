@@ -23,6 +23,7 @@ from ray_subnets.data import Batch, Batches, Data
 from ray_subnets.ensembles import Ensemble
 from ray_subnets.methods import OneCycle, training
 from ray_subnets.recipes import Fit, Result, Training, derive
+from ray_subnets.regression import classifiers_only
 from ray_subnets.students import ID, Student
 from ray_subnets.topology import Fixed
 
@@ -74,6 +75,7 @@ def distill(
     Example:
         >>> small = rs.distill(ensemble, (x, y), (x_val, y_val))  # doctest: +SKIP
     """
+    classifiers_only(ensemble.head, "distill")
     given = {
         "train": sources.source("train", train, keep=False),
         "val": sources.source("val", val, keep=True),

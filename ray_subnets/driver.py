@@ -25,10 +25,11 @@ from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.pools import Pool
 from ray_subnets.population import Report, Task
 from ray_subnets.recipes import ChildResult, Fit, Job, Note, Result, RunJob
+from ray_subnets.regression_scores import RegressionScores
 from ray_subnets.selection import Decision, joined, select
 from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import stored_result
-from ray_subnets.summary import LABELS, busy_seconds, load_outputs, summarise
+from ray_subnets.summary import LABELS, Scores, busy_seconds, load_outputs, summarise
 from ray_subnets.trust_region import check_target, described
 
 Listener = Callable[[Report], None]
@@ -67,8 +68,13 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
     """Do the recipes fit the network and the data?
 
     Raises:
-        ValueError: there is nothing in it to mask, or no such divergence.
+        ValueError: there is nothing in it to mask, no such divergence, or a head for other labels.
     """
+    if (config.head != "classes") != data.train.labels.is_floating_point():
+        raise ValueError(
+            f"head: {config.head}, but labels of {data.name} are {data.train.labels.dtype}; "
+            "regression is done in Python: ray_subnets.ensemble(..., head=...)"
+        )
     for job in config.solve_jobs():
         check_target(job.kl_target, data.num_classes)
     seen = set()
@@ -206,10 +212,14 @@ def steps(
         if not any(decision.selected for decision in decisions):
             raise ValueError(f"children: every child failed; the first: {decisions[0].why}")
         start = min(result.started for result in results.values())
+        scores: Scores
+        if config.head == "classes":
+            scores = Scores(folder, config.combine, config.select.by)
+        else:
+            scores = RegressionScores(folder, config.head, config.select.by)
         record = summarise(
             folder,
-            how=config.combine,
-            by=config.select.by,
+            scores=scores,
             include_parent=config.include_parent,
             specs=specs,
             results=results,
@@ -217,7 +227,7 @@ def steps(
             cost=cost,
             times={"start": start, "wall_seconds": busy_seconds(results.values())},
         )
-        temperature = record["ensemble"]["test"]["temperature"]
+        temperature = record["ensemble"]["test"].get("temperature")
         members.write(config, data, folder, specs, results, decisions, temperature)
         if trace is not None:
             record["ensemble"]["trace"] = [{"id": id, "validation_nll": nll} for id, nll in trace]
@@ -227,7 +237,7 @@ def steps(
                 described(job, results[job.id], size) for job in config.solve_jobs()
             ]
         record["faults"] = [asdict(fault) for fault in pool.faults]
-        record["name"], record["seed"] = config.name, config.seed
+        record["name"], record["seed"], record["head"] = config.name, config.seed, config.head
         record["data"] = describe_data(data)
         record["environment"] = folder.read_json("environment.json") | {
             "driver_seconds": time.time() - began
@@ -334,7 +344,7 @@ def describe_data(data: Data) -> dict[str, Any]:
         "validation": len(data.validation),
         "test": len(data.test),
         "input_shape": list(data.input_shape),
-        "num_classes": data.num_classes,
+        ("outputs" if data.train.labels.is_floating_point() else "num_classes"): data.num_classes,
     }
 
 

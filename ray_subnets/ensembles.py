@@ -15,6 +15,7 @@ from ray_subnets.combining import Running, combine
 from ray_subnets.data import Preprocess
 from ray_subnets.exporting import TOLERANCE, Exported, export
 from ray_subnets.metrics import scaled, temperature_of
+from ray_subnets.regression import columns
 
 
 class Members(nn.Module):
@@ -69,6 +70,7 @@ class Ensemble(nn.Module):
             can differ in the last digit. Only for members that differ in nothing but their numbers,
             as those of `load` do. It is for calls and `logits`; `predict`, `ask` and cascades ask
             one member at a time.
+        head: what members' outputs are, `regression.Head`; other than `classes` for a `Regressor`.
         input_shape: of one input, `(C, H, W)` for images; None if it is not known.
         record: what was measured when it was made (the run's `result.json`), if that is known.
     """
@@ -86,6 +88,7 @@ class Ensemble(nn.Module):
         origin: Origin | None = None,
         input_shape: Sequence[int] | None = None,
         batched: bool | None = False,
+        head: str = "classes",
     ) -> None:
         super().__init__()
         assert len(members) == len(ids) > 0
@@ -99,6 +102,7 @@ class Ensemble(nn.Module):
         self.origin = origin
         self.input_shape = tuple(input_shape) if input_shape is not None else None
         self.batched = batched
+        self.head = head
         self.record: dict[str, Any] | None = None
         self._together: Batched | None = None
         self._weights: int | None = None  # of one member; 0: they cannot be called together
@@ -111,10 +115,11 @@ class Ensemble(nn.Module):
         x = self.preprocess(x)
         if self.batched is not False and (together := self._batch(len(x))):
             try:
-                return together(x)
+                answer = together(x)
+                return answer if answer.dim() == 3 else answer[..., None]
             except Unlike as error:
                 self._apart(error)
-        answers = [member(x) for member in self.members]
+        answers = [columns(member(x)) for member in self.members]
         return torch.cat([one if one.dim() == 3 else one[None] for one in answers])
 
     def _batch(self, samples: int) -> Batched | None:
@@ -193,7 +198,7 @@ class Ensemble(nn.Module):
         device = self.device
         for member in self.members:
             parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
-            logits = torch.cat(parts, dim=-2)
+            logits = torch.cat([columns(part) for part in parts], dim=-2)
             yield logits if logits.dim() == 3 else logits[None]
 
     @property
@@ -233,7 +238,7 @@ class Ensemble(nn.Module):
         else:
             chosen = [self.members[place] for place in places]
         return (
-            Ensemble(
+            type(self)(
                 chosen,
                 ids=ids,
                 preprocess=self.preprocess,
@@ -242,6 +247,7 @@ class Ensemble(nn.Module):
                 origin=self.origin,
                 input_shape=self.input_shape,
                 batched=self.batched,
+                head=self.head,
             )
             .to(self.device)
             .eval()
@@ -307,7 +313,7 @@ class Ensemble(nn.Module):
             raise ValueError("export: it was made of float inputs; dtype=torch.float32")
         if self.calibrated:
             self.answer(torch.full((1, 2), 0.5))  # is there a temperature?
-        whole = Ensemble(
+        whole = type(self)(
             list(self.members),
             ids=self.ids,
             preprocess=self.preprocess,
@@ -315,9 +321,11 @@ class Ensemble(nn.Module):
             weights=self.weights,
             temperature=self.temperature,
             calibrated=self.calibrated,
+            head=self.head,
         )
         about = {
             "members": list(self.ids),
+            "head": self.head,
             "combine": self.combine,
             "temperature": self.temperature if self.calibrated else None,
             "input": [str(dtype).removeprefix("torch."), *shape],

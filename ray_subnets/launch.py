@@ -7,7 +7,6 @@ characters that a shell would change, since `ray submit` joins them unquoted.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from ray_subnets import (
     commands_benchmark,
     commands_keep,
     commands_policy,
+    commands_report,
     commands_serve,
     commands_sweep,
 )
@@ -336,41 +336,7 @@ def evaluate(run: RunArgument) -> None:
         raise typer.Exit(1)
 
 
-@app.command(no_args_is_help=True)
-def report(
-    run: RunArgument,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="with everything of analysis/: diversity, clusters, saliency, features, hashes, "
-            "landscapes or boundaries; minutes",
-        ),
-    ] = False,
-) -> None:
-    """Write report.html of a finished run again and say where it is."""
-    from ray_subnets import policy_report
-    from ray_subnets import report as report_
-    from ray_subnets.checkpoints import RunFolder
-
-    folder = RunFolder.open(run, needs="result.json")
-    policy = commands_policy.owns(folder)
-    if policy and full:
-        raise ValueError("--full: analyses are of classifiers; this run is a policy's")
-    if not full:
-        page = (policy_report if policy else report_).write(folder)
-        out.print(str(page), soft_wrap=True)
-        return
-    try:  # the analyses stand above this package, which does without them
-        write = importlib.import_module("analysis.full").write
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--full: {error.name} is not installed; pip install 'ray_subnets[analysis]'"
-        ) from None
-    sys.path.append(str(Path.cwd()))
-    out.print(write(run, say=lambda line: err.print(line, style="dim", highlight=False)))
-
-
+app.command(no_args_is_help=True)(commands_report.report)
 app.command(no_args_is_help=True)(commands_sweep.sweep)
 app.command(no_args_is_help=True)(commands_benchmark.benchmark)
 app.command(no_args_is_help=True)(commands_keep.export)

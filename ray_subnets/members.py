@@ -21,6 +21,8 @@ from ray_subnets.data import Data, Preprocess
 from ray_subnets.ensembles import Ensemble, Members
 from ray_subnets.groups import Section
 from ray_subnets.recipes import ChildSpec, Positive, Result, Stored
+from ray_subnets.regression import Head, classifiers_only
+from ray_subnets.regressor import Regressor
 from ray_subnets.selection import Decision, share_of
 from ray_subnets.stored import load_weights, needs_parent, restore
 
@@ -40,7 +42,9 @@ class Kind(Section):
 
     model: ModelSection
     input_shape: tuple[int, ...]
-    num_classes: Annotated[int, Field(ge=2)]
+    head: Head = "classes"
+    num_classes: Annotated[int, Field(ge=1)]
+    """outputs for each sample, if the head is for regression"""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels_last: bool = True
@@ -103,6 +107,7 @@ def write(
         num_classes=data.num_classes,
         mean=data.preprocess.mean,
         std=data.preprocess.std,
+        head=config.head,
         combine=config.combine,
         include_parent=config.include_parent,
         parent=parent,
@@ -201,7 +206,8 @@ def load(
         keep: an object to keep for as long as the ensemble may read the folder.
 
     Returns:
-        A module in evaluation mode: inputs `(N, *shape)` -> probabilities `(N, C)`.
+        A module in evaluation mode: inputs `(N, *shape)` -> probabilities `(N, C)`; of regression
+        networks a `Regressor`: mean and variance `(N, 2)`.
 
     Raises:
         ValueError: not a finished run folder, a file in it is damaged, or `model` is needed.
@@ -212,6 +218,8 @@ def load(
     """
     folder, record = _opened(run)
     source = f"{folder}/{ENSEMBLE}"
+    if calibrated:
+        classifiers_only(record.head, "calibrated")
     build = _builder(record, model, folder, source)
     shares, how, temperature = None, "probabilities", record.temperature
     networks: Sequence[nn.Module] | Members
@@ -227,7 +235,7 @@ def load(
         networks = Members(make, range(len(ids)))
         if not on_demand:
             networks = list(map(make, range(len(ids))))
-    ensemble = Ensemble(
+    ensemble = (Ensemble if record.head == "classes" else Regressor)(
         networks,
         ids=ids,
         preprocess=Preprocess(record.mean, record.std),
@@ -238,6 +246,7 @@ def load(
         origin=Saved(folder, record, build, keep),
         input_shape=record.input_shape,
         batched=batched if isinstance(record, EnsembleRecord) else False,
+        head=record.head,
     )
     if calibrated and temperature is None:
         raise ValueError(f"calibrated: {source} has no temperature; use Ensemble.calibrate(x, y)")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ray_subnets import blueprint, models
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.data import Preprocess
+from ray_subnets.regression import OUTPUTS
 from ray_subnets.sources import Source
 from ray_subnets.stored import load_weights
 
@@ -21,8 +22,10 @@ def examined(
     labelled: int,
     preprocess: Preprocess | None,
     architecture: str | Mapping[str, Any] | None,
+    head: str = "classes",
 ) -> tuple[Blueprint | None, dict[str, Tensor] | None, dict[str, Any], int]:
-    """What is built, the weights that it begins with, its name, and its number of classes.
+    """What is built, the weights that it begins with, its name, and its number of classes (for
+    regression of outputs).
 
     Args:
         model: a network; or a name, or a mapping of name and options: then there is nothing to
@@ -30,6 +33,7 @@ def examined(
         val: its first samples are what the network is tried on.
         labelled: classes of the data, for a network that is yet to be built.
         architecture: how a network is built by name.
+        head: what its outputs are, `regression.Head`.
 
     Raises:
         ValueError: nothing that an ensemble can be made of; the message names the argument.
@@ -53,7 +57,7 @@ def examined(
     inputs = next(iter(images.split(2))).cpu()
     if preprocess is not None or inputs.is_floating_point():
         inputs = (preprocess or Preprocess())(inputs)
-    classes = _classes(trial, inputs.float())
+    classes = _outputs(trial, inputs.float(), head)
     if architecture is None:
         kind = {"name": models.GIVEN, "type": blueprint.describe(model)}
         return network, weights, kind, classes
@@ -87,11 +91,11 @@ def named(value: Any, argument: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _classes(model: nn.Module, inputs: Tensor) -> int:
+def _outputs(model: nn.Module, inputs: Tensor, head: str) -> int:
     """Outputs of a network, in evaluation mode.
 
     Raises:
-        ValueError: it does not take these inputs, or gives something else than `(N, C)`.
+        ValueError: it does not take these inputs, or gives something else than the head says.
     """
     try:
         output = model.eval()(inputs)
@@ -100,17 +104,31 @@ def _classes(model: nn.Module, inputs: Tensor) -> int:
         raise ValueError(
             f"model: it does not take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
         ) from None
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(inputs):
+    if head != "classes":
+        _check_head(output, len(inputs), head)
+    elif not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(inputs):
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"model: it gives {what} for {len(inputs)} inputs; it must return logits "
             f"({len(inputs)}, C)"
         )
-    if output.shape[1] < 2:
+    elif output.shape[1] < 2:
         raise ValueError(
-            "model: it has a single output; only classifiers with two or more classes can be made "
-            "into ensembles, not regression"
+            "model: it has a single output; a classifier has one for each of two or more classes; "
+            "for regression say head='mse'"
         )
     if not output.isfinite().all():
         raise ValueError("model: it gives NaN or infinite outputs for the first validation samples")
-    return output.shape[1]
+    return OUTPUTS.get(head, output.shape[-1])
+
+
+def _check_head(output: Any, samples: int, head: str) -> None:
+    shapes = [(samples, 2)] if head == "gaussian" else [(samples, 1), (samples,)]
+    what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if what not in shapes:
+        means = "mean and logarithm of the variance" if head == "gaussian" else "the mean"
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"model: it gives {what} for {samples} inputs; with head={head!r} it must return "
+            f"{means}, {wanted}"
+        )

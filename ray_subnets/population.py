@@ -7,6 +7,7 @@ job's numbers depend on the job, the data and the number of threads, and on noth
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import metrics, models, sparse, supervised, trust_region
+from ray_subnets import metrics, models, regression, sparse, supervised, trust_region
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
@@ -316,6 +317,7 @@ class Worker:
             topology=topology,
             rate=rate,
             objective=objective,
+            criterion=regression.CRITERIA.get(self.task.head),
         )
         for local in loop:
             report, self._busy = self.gather(local), True
@@ -368,13 +370,18 @@ class Worker:
             f"outputs/{job.id}.npz", {name: tensor.numpy() for name, tensor in logits.items()}
         )
         self._timings["evaluate"] = time.time() - began
-        probabilities = logits["validation"].double().softmax(1)
         labels = data.validation.labels.cpu()
-        validation = {
-            "accuracy": metrics.accuracy(probabilities, labels),
-            "nll": metrics.nll(probabilities, labels),
-            "brier": metrics.brier(probabilities, labels),
-        }
+        if self.task.head == "classes":
+            probabilities = logits["validation"].double().softmax(1)
+            validation = {
+                "accuracy": metrics.accuracy(probabilities, labels),
+                "nll": metrics.nll(probabilities, labels),
+                "brier": metrics.brier(probabilities, labels),
+            }
+        else:
+            validation = regression.scores(logits["validation"][None], labels, self.task.head)
+            if not all(map(math.isfinite, validation.values())):
+                raise Diverged(f"{job.id}: its validation scores are not finite: {validation}")
         common: dict[str, Any] = dict(
             id=job.id,
             validation=validation,

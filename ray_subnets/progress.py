@@ -280,6 +280,9 @@ def _outcome(result: Result) -> str:
     if isinstance(result, SolveResult):
         return f"done in {result.seconds:.1f} s: KL {result.divergence['kl']:.4g} nats"
     value = result.validation
+    if "rmse" in value:
+        likely = f", NLL {value['nll']:.4f}" if "nll" in value else ""
+        return f"done in {result.seconds:.1f} s: validation RMSE {value['rmse']:.4g}{likely}"
     if "accuracy" not in value:
         return f"done in {result.seconds:.1f} s"
     return (

@@ -252,6 +252,8 @@ class Task:
     model: str
     model_options: Mapping[str, Any] = field(default_factory=dict)
     fitness: str = "nll"
+    head: str = "classes"
+    """what outputs are: `regression.Head`"""
     threads: int = 1
     """torch threads of a job: part of the numbers, since sums are split over threads"""
     channels_last: bool = True
@@ -305,7 +307,8 @@ class Result:
 
     id: str
     validation: dict[str, float] = field(default_factory=dict)
-    """accuracy, nll and brier on validation data"""
+    """accuracy, nll and brier on validation data; of regression rmse, mae and, of a Gaussian head,
+    nll"""
     weights: Stored | None = None
     """None for a child that its recipe alone makes again (noisy)"""
     outputs: Stored | None = None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
 
 from ray_subnets import figures, metrics, table
 from ray_subnets.checkpoints import CONFIG, RunFolder
+from ray_subnets.regression import classifiers_only
 from ray_subnets.summary import Scores
 
 _MAX_HEAT = 40  # members; a larger matrix is a texture, not a picture
@@ -35,7 +40,7 @@ class SectionTable:
 
 @dataclass(frozen=True)
 class Section:
-    """More to show between diversity and time: what somebody else found out about the run.
+    """More to show after diversity: what somebody else found out about the run.
 
     Attributes:
         figures: title, SVG in the page's text colour, caption.
@@ -57,6 +62,7 @@ def write(folder: RunFolder, sections: Sequence[Section] = ()) -> str:
         ValueError: the run is not finished, or a file of it is damaged.
     """
     record = folder.read_json("result.json")
+    classifiers_only(record.get("head", "classes"), "report")
     environment = Environment(
         loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -76,7 +82,12 @@ def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """What the template shows."""
     how = record["ensemble"]
     scores = Scores(folder, how["combine"], how.get("weighted_by", "nll"))
+    sure = _sure(record, scores)
     return {
+        "place": str(folder),
+        "asked": _asked(record),
+        "sure": sure,
+        "downloads": _downloads(record, scores, sure),
         "record": record,
         "config": folder.read(CONFIG).decode(),
         "rows": table.rows(record),
@@ -96,7 +107,95 @@ def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _single(record: dict[str, Any]) -> dict[str, Any] | None:
+def _asked(record: Mapping[str, Any]) -> str:
+    """One paragraph: the parent, its children, the ensemble, what it is compared with."""
+    kinds = Counter(child["recipe"].get("group") or child["method"] for child in record["children"])
+    few = [f"{count} {name}" for name, count in kinds.items()][:12]
+    if len(kinds) > len(few):
+        few.append(f"and {len(kinds) - len(few)} more groups")
+    kept = len([id for id in record["ensemble"]["members"] if id != "parent"])
+    single = _single(record)
+    beside = (
+        f" Beside it one network was trained for {single['epochs']} epochs, the budget of all."
+        if single
+        else ""
+    )
+    return (
+        f"One parent, trained for {record['parent']['epochs']} epochs; from it "
+        f"{len(record['children'])} children ({', '.join(few)}), of which {kept} are members of "
+        "the ensemble. Is it better than its parent, and than one model of the same budget?"
+        f"{beside}"
+    )
+
+
+def _sure(record: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
+    """The ensemble minus parent and single model, sample by sample: mean and standard error."""
+    labels = scores.labels["test"]
+    ids = {"parent": ["parent"]} | ({"single": ["single"]} if _single(record) else {})
+
+    def of(who: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        p = scores.combined(who, "test").double()
+        right = (p.argmax(1) == labels).double()
+        nll = -p.gather(1, labels.long()[:, None])[:, 0].clamp_min(1e-300).log()
+        return 100 * right, nll
+
+    right, nll = of(record["ensemble"]["members"])
+    rows = []
+    for name, who in ids.items():
+        other_right, other_nll = of(who)
+        row: dict[str, Any] = {"name": name}
+        for key, values in (("points", right - other_right), ("nll", nll - other_nll)):
+            row[key] = float(values.mean())
+            row[f"{key}_error"] = float(values.std()) / len(values) ** 0.5
+        rows.append(row)
+    return rows
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _downloads(
+    record: Mapping[str, Any], scores: Scores, sure: Sequence[Mapping[str, Any]]
+) -> dict[str, SectionTable]:
+    """Every table of the page, and the numbers behind its figures."""
+    keys = [key for _, key, _ in table.COLUMNS]
+    children = ("id", "method", "selected", "rank", "kept", "kl_from_parent", "epochs", "seconds")
+    names, matrix = _disagreement(record, scores)
+    found = {
+        "result": [
+            ["name", "nets", "epochs", *keys],
+            *(
+                [row.name.strip(), row.passes, row.epochs, *(row.test[key] for key in keys)]
+                for row in table.rows(record)
+            ),
+        ],
+        "size": [
+            ["members", "accuracy", "nll"],
+            *([k["members"], k["accuracy"], k["nll"]] for k in record["ensemble"]["by_size"]),
+        ],
+        "sure": [list(sure[0]), *(list(row.values()) for row in sure)],
+        "disagreement": [["", *names], *([n, *row] for n, row in zip(names, matrix, strict=True))],
+        "children": [
+            [*children, "validation_accuracy", "validation_nll", "why"],
+            *(
+                [
+                    *(child[key] for key in children),
+                    *((child["validation"] or {}).get(key) for key in ("accuracy", "nll")),
+                    child["why"],
+                ]
+                for child in record["children"]
+            ),
+        ],
+    }
+    return {
+        name: SectionTable(name, (), (), f"{name}.csv", _csv(rows)) for name, rows in found.items()
+    }
+
+
+def _single(record: Mapping[str, Any]) -> dict[str, Any] | None:
     single = record["single"]
     return single if single and single["error"] is None else None
 
@@ -120,10 +219,15 @@ def _reliability(record: dict[str, Any], scores: Scores) -> str:
     return figures.reliability(diagrams)
 
 
-def _diversity(record: dict[str, Any], scores: Scores) -> str:
+def _disagreement(record: Mapping[str, Any], scores: Scores) -> tuple[list[str], list[list[float]]]:
     ids = ["parent", *[id for id in record["ensemble"]["members"] if id != "parent"]][:_MAX_HEAT]
     matrix = metrics.disagreement(scores.logits(ids, "test"))
-    return figures.heat_map(torch.as_tensor(matrix).numpy(), ids, "disagreement")
+    return ids, torch.as_tensor(matrix).tolist()
+
+
+def _diversity(record: Mapping[str, Any], scores: Scores) -> str:
+    ids, matrix = _disagreement(record, scores)
+    return figures.heat_map(np.array(matrix), ids, "disagreement")
 
 
 def _timeline(record: dict[str, Any]) -> str:

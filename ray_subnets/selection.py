@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-FITNESS = {"nll": "validation NLL", "accuracy": "validation accuracy"}
+FITNESS = {"nll": "validation NLL", "accuracy": "validation accuracy", "rmse": "validation RMSE"}
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,17 @@ class Decision:
 
 def fitness_of(validation: Mapping[str, float], by: str) -> float:
     """Fitness, larger is better, from validation metrics."""
-    return -validation["nll"] if by == "nll" else validation["accuracy"]
+    return validation["accuracy"] if by == "accuracy" else -validation[by]
 
 
 def share_of(validation: Mapping[str, float], by: str) -> float:
     """Weight of a member in a fitness-weighted mean (eq. 3.24): between 0 and 1.
 
     The accuracy, or `exp(-NLL)`: the geometric mean of the probability it gave the right class.
+    Regression networks, which have no accuracy, count alike: 1.
     """
+    if "accuracy" not in validation and "rmse" in validation:
+        return 1.0
     return math.exp(-validation["nll"]) if by == "nll" else validation["accuracy"]
 
 

@@ -27,7 +27,7 @@ class Source:
     batch_size: int | None = None
 
 
-def source(name: str, given: Any, *, keep: bool) -> Source:
+def source(name: str, given: Any, *, keep: bool, real: bool = False) -> Source:
     """A split from what a user gave for `name`.
 
     Tensors `(x, y)` stay in memory. A data set is read sample by sample whenever it is needed, so
@@ -35,24 +35,27 @@ def source(name: str, given: Any, *, keep: bool) -> Source:
     are not more than a gigabyte. A `DataLoader` is its data set and its batch size; order and
     batches are ours, so one with a sampler or collate function of its own is refused.
 
+    Args:
+        real: labels are targets of regression, one number each.
+
     Raises:
         ValueError: nothing that could be used; the message names `name`.
     """
     try:
-        return _source(name, given, keep)
+        return _source(name, given, keep, real)
     except ValueError as error:
         text = str(error).removeprefix(f"data: {name} ").removeprefix("data: ")
         raise ValueError(text if text.startswith(f"{name}: ") else f"{name}: {text}") from None
 
 
-def _source(name: str, given: Any, keep: bool) -> Source:
+def _source(name: str, given: Any, keep: bool, real: bool) -> Source:
     size, workers = None, 0
     if isinstance(given, torch_data.DataLoader):
         size, workers = _loader(given), given.num_workers
         given = given.dataset
     tensors = _tensors(given)
     if tensors is not None:
-        split = _in_memory(*tensors)
+        split = _in_memory(*tensors, real)
     else:
         if isinstance(given, torch_data.IterableDataset):
             raise ValueError(
@@ -66,7 +69,7 @@ def _source(name: str, given: Any, keep: bool) -> Source:
                 f"must be tensors (x, y), a torch.utils.data.Dataset or a DataLoader, not "
                 f"{_kind(given)}"
             )
-        split = _scanned(given, workers, keep)
+        split = _scanned(given, workers, keep, real)
     check_split(name, split)
     return Source(split, size)
 
@@ -111,9 +114,9 @@ def _tensors(given: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _in_memory(x: Any, y: Any) -> Split:
+def _in_memory(x: Any, y: Any, real: bool) -> Split:
     x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
-    return Split(_inputs(x), _labels(y).to(x.device))
+    return Split(_inputs(x), (_targets(y) if real else _labels(y)).to(x.device))
 
 
 def _inputs(x: Tensor) -> Tensor:
@@ -130,18 +133,29 @@ def _inputs(x: Tensor) -> Tensor:
 def _labels(y: Tensor) -> Tensor:
     if y.is_floating_point() or y.is_complex():
         raise ValueError(
-            f"labels are {y.dtype}; they must be integers: only classifiers can be made into "
-            "ensembles, not regression"
+            f"labels are {y.dtype}; they must be integers; for regression say head='gaussian' or "
+            "head='mse'"
         )
     return y.long()
 
 
-def _scanned(dataset: Any, workers: int, keep: bool) -> Split:
+def _targets(y: Tensor) -> Tensor:
+    """One number for each sample, `(N,)` or `(N, 1)` -> `(N,)` float32."""
+    if y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"targets are {y.dtype}; they must be real numbers")
+    if y.dim() == 2 and y.shape[1] > 1:
+        raise ValueError(
+            f"targets of shape {tuple(y.shape)}; one number for each sample, (N,) or (N, 1)"
+        )
+    return (y[:, 0] if y.dim() == 2 else y).float()
+
+
+def _scanned(dataset: Any, workers: int, keep: bool, real: bool) -> Split:
     """A data set whose every sample was looked at once: shapes, labels, finite inputs."""
     count = len(dataset)
     if not count:
         raise ValueError("the data set is empty")
-    labels: list[int] = []
+    labels: list[float] = []
     kept: list[Tensor] = []
     sample: torch.Size | None = None
     dtype = torch.float32
@@ -157,11 +171,11 @@ def _scanned(dataset: Any, workers: int, keep: bool) -> Split:
                 keep = keep and count * x.nbytes <= AT_ONCE
             if not x.isfinite().all():
                 raise ValueError(f"sample {len(labels)} has NaN or infinite values")
-            labels.append(_label(one[1]))
+            labels.append(_target(one[1]) if real else _label(one[1]))
             if keep:
                 kept.append(x)
     assert sample is not None
-    y = torch.tensor(labels)
+    y = torch.tensor(labels, dtype=torch.float32 if real else torch.int64)
     if keep:
         return Split(_inputs(torch.stack(kept)), y)
     return Split(Items(dataset, torch.arange(count), sample, dtype, workers), y)
@@ -172,6 +186,13 @@ def _label(value: Any) -> int:
     if value.dim():
         raise ValueError(f"a label of shape {tuple(value.shape)}; it must be one integer")
     return int(_labels(value))
+
+
+def _target(value: Any) -> float:
+    value = torch.as_tensor(value)
+    if value.numel() != 1:
+        raise ValueError(f"a target of shape {tuple(value.shape)}; it must be one number")
+    return float(_targets(value.reshape(1)))
 
 
 def assemble(

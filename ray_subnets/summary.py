@@ -131,9 +131,30 @@ class Scores:
         }
         return {name: metrics.mean_off_diagonal(matrix) for name, matrix in pairs.items()}
 
-    def kl_from_parent(self, id: str) -> float:
+    def kl_from_parent(self, id: str) -> float | None:
         """Mean KL divergence of a child's answers from its parent's, on test data (Fig 4.3)."""
         return float(metrics.kl_divergence(self.logits(["parent", id], "test"))[0, 1])
+
+    def by_size(self, ids: Sequence[str]) -> list[dict[str, float]]:
+        """Test accuracy and NLL of the first k of `ids`, k = 1 to all."""
+        labels, curve = self.labels["test"], []
+        running, total = Running(self.how), None
+        for k, id in enumerate(ids, start=1):
+            if self.how == "probabilities":  # a plain sum
+                new = self.combined([id], "test")
+                total = new if total is None else total + new
+                p = total / k
+            else:
+                self.add(running, id, "test")
+                p = running.value()
+            curve.append(
+                {
+                    "members": k,
+                    "accuracy": metrics.accuracy(p, labels),
+                    "nll": metrics.nll(p, labels),
+                }
+            )
+        return curve
 
 
 def busy_seconds(results: Iterable[Result]) -> float:
@@ -152,8 +173,7 @@ def _mean(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def summarise(
     folder: RunFolder,
     *,
-    how: str,
-    by: str,
+    scores: Scores,
     include_parent: bool,
     specs: Sequence[ChildSpec],
     results: Mapping[str, Result],
@@ -164,10 +184,10 @@ def summarise(
     """The content of `result.json` (data and environment are added by the driver).
 
     Args:
+        scores: of the outputs in `folder`.
         results: job id -> result, of the parent, the single model (if any) and all children.
         times: wall_seconds, start (Unix time) of the run.
     """
-    scores = Scores(folder, how, by)
     by_id = {decision.id: decision for decision in decisions}
     selected = [spec.id for spec in specs if by_id[spec.id].selected]
     alive = [spec.id for spec in specs if results[spec.id].error is None]
@@ -241,12 +261,12 @@ def summarise(
     groups = {}
     for label in dict.fromkeys(spec.label for spec in specs if spec.id in alive):
         ids = [spec.id for spec in specs if spec.label == label and spec.id in alive]
-        groups[label] = group(ids) | {"by_size": _by_size(scores, ids)}
+        groups[label] = group(ids) | {"by_size": scores.by_size(ids)}
     members = ["parent", *selected] if include_parent else selected
     ensemble = {
         "includes_parent": include_parent,
-        "combine": how,
-        "weighted_by": by,
+        "combine": scores.how,
+        "weighted_by": scores.by,
         **group(members),
         "without_parent": scores.test(selected),
         "with_parent": scores.test(["parent", *selected]),
@@ -255,7 +275,7 @@ def summarise(
             "with_parent": scores.validation(["parent", *selected]),
         },
         "groups": groups,
-        "by_size": _by_size(scores, sorted(selected, key=lambda id: by_id[id].rank or 0)),
+        "by_size": scores.by_size(sorted(selected, key=lambda id: by_id[id].rank or 0)),
     }
     record: dict[str, Any] = {
         "parent": network("parent"),
@@ -275,24 +295,6 @@ def _singles(network: Callable[[str], dict[str, Any]], ids: Sequence[str]) -> di
     sound = [id for id in ids if singles[id]["error"] is None]
     best = min(sound, key=lambda id: singles[id]["validation"]["nll"], default=None)
     return {"singles": singles, "best_single": best} if ids else {}
-
-
-def _by_size(scores: Scores, ids: Sequence[str]) -> list[dict[str, float]]:
-    """Test accuracy and NLL of the first k of `ids`, k = 1 to all."""
-    labels, curve = scores.labels["test"], []
-    running, total = Running(scores.how), None
-    for k, id in enumerate(ids, start=1):
-        if scores.how == "probabilities":  # a plain sum
-            new = scores.combined([id], "test")
-            total = new if total is None else total + new
-            p = total / k
-        else:
-            scores.add(running, id, "test")
-            p = running.value()
-        curve.append(
-            {"members": k, "accuracy": metrics.accuracy(p, labels), "nll": metrics.nll(p, labels)}
-        )
-    return curve
 
 
 def _kept_share(result: Result, cost: Cost) -> float:

@@ -22,6 +22,7 @@ from ray_subnets import schedules
 from ray_subnets.data import Batch, Batches, Preprocess
 from ray_subnets.items import Items
 from ray_subnets.recipes import Epoch, Training, derive
+from ray_subnets.regression import Criterion, columns
 from ray_subnets.streaming import ImageFiles
 from ray_subnets.topology import Topology
 
@@ -105,6 +106,7 @@ def train(
     topology: Topology | None = None,
     rate: Rate | None = None,
     objective: Objective | None = None,
+    criterion: Criterion | None = None,
 ) -> Iterator[Epoch]:
     """Train `model` in place from `start_epoch` on, yielding after every epoch.
 
@@ -114,6 +116,7 @@ def train(
         objective: loss in place of the cross-entropy of `model(x)`. It may draw from torch's own
             generator, which is seeded by (seed, epoch). It sees the parameters themselves: not for
             topologies that draw weights.
+        criterion: loss of outputs and targets in place of the cross-entropy; for any topology.
 
     Raises:
         Diverged: the training loss of an epoch is not finite.
@@ -146,12 +149,16 @@ def train(
                         logits = (
                             functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
                         )
-                    loss = cross_entropy(
-                        main_output(logits).float(),
-                        batch.y,
-                        reduction="sum",
-                        label_smoothing=training.label_smoothing,
-                    )
+                    answers = main_output(logits).float()
+                    if criterion is not None:
+                        loss = criterion(answers, batch.y)
+                    else:
+                        loss = cross_entropy(
+                            answers,
+                            batch.y,
+                            reduction="sum",
+                            label_smoothing=training.label_smoothing,
+                        )
                 optimizer.zero_grad(set_to_none=True)
                 (loss / batch.size).backward()
                 optimizer.step()
@@ -217,7 +224,7 @@ def predict(
 ) -> Tensor:
     """Logits `(N, C)` float32 on the CPU, in evaluation mode; images lie where the model does.
 
-    A network that is K members gives `(K, N, C)`.
+    A network that is K members gives `(K, N, C)`; `(N,)` of an MSE head is `(N, 1)` here.
 
     Raises:
         ValueError: an image file cannot be read.
@@ -225,7 +232,9 @@ def predict(
     training = model.training
     model.eval()
     try:
-        logits = [model(preprocess(part)).float().cpu() for part in images.split(batch_size)]
+        logits = [
+            columns(model(preprocess(part)).float().cpu()) for part in images.split(batch_size)
+        ]
     finally:
         model.train(training)
     return torch.cat(logits, dim=-2)

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -62,6 +63,22 @@ def test_the_walk_runs(
     assert noisy.record["trust_region"][0]["kl"] == pytest.approx(0.02, rel=0.02)
     assert len(ray_subnets.load_cascade("digits_cascade", model=scope["model"]).ensemble) == 8
     assert "of 8 members asked" in capsys.readouterr().out
+
+
+def test_the_regression_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says which figures one run gave: here they are again, within another processor's reach."""
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    page = DOCS / "regression.md"
+    (code,) = blocks(page, "python")
+    exec(code, scope)
+    rows = re.findall(
+        r"^\| (parent|8 members) \| (.*) \|$", (DOCS / "regression.md").read_text(), re.M
+    )
+    told = {name: [float(figure) for figure in row.split(" | ")] for name, row in rows}
+    for name, found in (("parent", scope["alone"]), ("8 members", scope["measured"])):
+        assert told[name] == pytest.approx([found[key] for key in ("rmse", "mae", "nll")], abs=0.05)
+    assert scope["answer"].equal(scope["again"](scope["x"][scope["test"]]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -13,7 +13,7 @@ from tiny import run_serial, tiny
 from torch import Tensor, nn
 
 from analysis import full, landscapes, surfaces
-from ray_subnets import models
+from ray_subnets import commands_report, models
 from ray_subnets.checkpoints import RunFolder
 
 
@@ -176,9 +176,14 @@ def test_the_whole_page(tmp_path: Path) -> None:
         "Loss landscapes",
         "Not for this run",
     ):
-        assert f"<h2>{title}</h2>" in text
+        assert f"<h3>{title}</h3>" in text
     assert "boundaries: boundaries can be drawn of inputs with two numbers" in text
     assert text.count("data:text/csv;base64,") >= 6
     assert not re.search(r'(?:src|href)="https?://', text.replace("http://www.w3.org", ""))
     assert len(said) == 7
     assert (folder / "analysis/landscape_2d.png").exists()
+
+
+def test_an_address_needs_something_to_spread() -> None:
+    with pytest.raises(ValueError, match="--address: only the analyses of --full"):
+        commands_report.report("nowhere", full=False, address="local")

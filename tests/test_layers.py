@@ -15,7 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 FLOORS = [
     ["options", "requested"],
     ["webapp"],
-    ["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws", "distortions"],
+    [
+        *["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
+        *["distortions", "regression"],
+    ],
     ["masks", "blurs", "shift", "policy_recipes", "simulators"],
     [
         *["noisy", "sparse", "stochastic", "units", "streaming", "weather", "procgen_games"],
@@ -35,6 +38,7 @@ FLOORS = [
     ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
     ["exporting"],
     ["ensembles"],
+    ["regressor"],
     ["checkpoints", "shifted", "films"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
@@ -46,7 +50,7 @@ FLOORS = [
     ["baselines.mimo", "baselines.free_tickets", "baselines.swag"],
     ["baselines"],
     ["population", "summary", "groups", "networks"],
-    ["config", "pools", "methods", "policy_worker", "policy_summary"],
+    ["config", "pools", "methods", "policy_worker", "policy_summary", "regression_scores"],
     ["configfile"],
     ["members", "policyfile"],
     ["cascade", "students"],
@@ -71,12 +75,12 @@ FLOORS = [
     ],
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],
     ["distributed.children"],
-    ["distributed.parent", "distributed.pool", "distributed.reading"],
+    ["distributed.parent", "distributed.pool", "distributed.reading", "distributed.spreading"],
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.policies"],
     ["distributed.sweeps"],
     ["distilling", "api", "commands_benchmark", "commands_policy", "commands_serve"],
-    ["commands_sweep"],
+    ["commands_sweep", "commands_report"],
     ["commands_keep"],
     ["launch"],
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import re
 import shutil
 import struct
@@ -47,6 +50,47 @@ def test_the_page_says_what_the_record_says(finished: Finished) -> None:
     for child in record["children"]:
         assert child["id"] in page
         assert child["why"].split(";")[0] in page
+
+
+def test_the_page_reads_from_question_to_use(finished: Finished) -> None:
+    folder, record = finished
+    page = folder.read("report.html").decode()
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "What was asked",
+        "What came out",
+        "How sure that is",
+        "Why: diversity",
+        "What it cost",
+        "What failed",
+        "How to use it",
+        "Every child",
+    ]
+    assert f'ray_subnets.load("{folder}")' in page.replace("&#34;", '"')
+    assert "from it 8 children (4 noisy, 2 sparse, 2 stochastic), of which 6 are members" in page
+    assert f"for {record['single']['epochs']} epochs, the budget of all" in page
+
+
+def test_every_table_can_be_taken_along(finished: Finished) -> None:
+    folder, record = finished
+    page = folder.read("report.html").decode()
+    tables = {
+        name: base64.b64decode(content).decode()
+        for name, content in re.findall(r'download="(.*?)" href="data:text/csv;base64,(.*?)"', page)
+    }
+    rows = {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}
+    assert [float(row["nll"]) for row in rows["result.csv"]] == [
+        row.test["nll"] for row in table.rows(record)
+    ]
+    assert {row["id"] for row in rows["children.csv"]} == {c["id"] for c in record["children"]}
+    assert len(rows["size.csv"]) == 6
+    ensemble = record["ensemble"]["test"]
+    for row in rows["sure.csv"]:  # mean of the samples' differences: the difference of the means
+        other = record[row["name"]]["test"]
+        assert float(row["nll"]) == pytest.approx(ensemble["nll"] - other["nll"], abs=1e-6)
+        points = 100 * (ensemble["accuracy"] - other["accuracy"])
+        assert float(row["points"]) == pytest.approx(points, abs=1e-6)
+        assert float(row["nll_error"]) > 0
+    assert {row["name"] for row in rows["sure.csv"]} == {"parent", "single"}
 
 
 def test_figures_are_well_formed_and_their_ids_unique(finished: Finished) -> None:

@@ -189,7 +189,7 @@ TENSORS = torch_data.TensorDataset(X, Y)
         (Gives(("photo.png", 0)), "input is a str; give the data set a transform"),
         (Gives((X[0], 0), (X[0][..., :2], 1)), r"shape \(1, 4, 4\) and \(1, 4, 2\)"),
         (Gives((X[0], 0), (X[0] / 0, 1)), "sample 1 has NaN or infinite"),
-        (Gives((X[0], 0.5)), "labels are torch.float32.*not regression"),
+        (Gives((X[0], 0.5)), "labels are torch.float32.*for regression say head="),
         (Gives((X[0], torch.tensor([0, 1]))), r"a label of shape \(2,\)"),
         (Gives((X[0].long(), 1)), "inputs are torch.int64"),
         (torch_data.DataLoader(TENSORS, batch_size=None), "batches of its own"),

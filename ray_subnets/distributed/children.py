@@ -23,6 +23,7 @@ from ray_subnets.flat import Flat, flatten
 from ray_subnets.items import Items
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job, Training
+from ray_subnets.regression import CRITERIA
 from ray_subnets.streaming import ImageFiles
 
 SPLITS = ("train", "validation", "test")
@@ -90,7 +91,8 @@ def _warm(worker: Worker) -> None:
             model, training = worker.build(seed=0), Training(epochs=1)
             optimizer = supervised.make_optimizer(model, training)
             batch = next(iter(worker.batches(training.batch_size, 0).epoch(0)))
-            torch.nn.functional.cross_entropy(model.train()(batch.x), batch.y).backward()
+            criterion = CRITERIA.get(worker.task.head, torch.nn.functional.cross_entropy)
+            criterion(model.train()(batch.x), batch.y).backward()
             optimizer.step()
     finally:
         torch.set_num_threads(threads)
