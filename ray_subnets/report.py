@@ -164,7 +164,7 @@ def _downloads(
     keys = [key for _, key, _ in table.COLUMNS]
     children = ("id", "method", "selected", "rank", "kept", "kl_from_parent", "epochs", "seconds")
     names, matrix = _disagreement(record, scores)
-    found = {
+    found: dict[str, Sequence[Sequence[Any]]] = {
         "result": [
             ["name", "nets", "epochs", *keys],
             *(
