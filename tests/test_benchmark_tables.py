@@ -17,6 +17,7 @@ from bench_record import BUDGET, METHODS, cell, record
 from rich.console import Console
 from scipy import stats
 
+from analysis import side_by_side
 from ray_subnets import benchmarkreport, benchmarktable
 from ray_subnets.benchmarkframe import aggregate, cells, frames, holm, paired_p, progress
 from ray_subnets.benchmarkverdict import verdict
@@ -411,3 +412,32 @@ def test_a_cost_of_nothing_and_equal_values_can_be_drawn(tmp_path: Path) -> None
     benchmarkreport.write(RunFolder.create(tmp_path / "flat"), found)
     assert verdict(found)[0].count("Not distinguishable") == 1
     assert cell(TASK, "noisy", "adam", 0)["cost"]["passes"] == 8  # what it was
+
+
+# --- two columns side by side ---
+
+
+def test_side_by_side_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NLL 1, 2, 6 against 0, 2, 4: 3 ± sqrt(7 / 3); the difference 1, 0, 2 is 1 ± sqrt(1 / 3)."""
+    made = by_hand({"independent": [1.0, 2.0, 6.0], "snapshot": [0.0, 2.0, 4.0]})
+    (tmp_path / "config.yaml").write_text("name: made")
+    (tmp_path / "benchmark.json").write_text(json.dumps(made))
+    assert side_by_side.main([str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    single = next(row for row in rows if row[0] == "| single model")
+    assert single[4] == f"3.000 ± {math.sqrt(7 / 3):.3f}"
+    pair = ["--pair", f"{TASK}/independent", f"{TASK}/snapshot"]
+    assert side_by_side.main([str(tmp_path), *pair]) == 0
+    assert f"| +1.000 ± {math.sqrt(1 / 3):.3f} | 3 |" in capsys.readouterr().out
+
+
+def test_side_by_side_of_what_is_no_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert side_by_side.main([str(tmp_path)]) == 2
+    (tmp_path / "config.yaml").write_text("name: made")
+    (tmp_path / "benchmark.json").write_text(json.dumps(by_hand({"independent": [1.0]})))
+    assert side_by_side.main([str(tmp_path), "--pair", "task/mimo", "task/independent"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "there are task/independent" in said[1]
