@@ -144,7 +144,10 @@ SCENARIOS = [
         later=tuple(f"full-checkpoints.{n}" for n in ("1", "1.1", "2", "3")),
     ),
     Scenario("node killed", acts=((2, kill_node), (6, kill_node), (6, add_node), (10, add_node))),
-    Scenario("node killed under the parent", acts=((0, kill_node), (0, add_node), (9, kill_node))),
+    Scenario(  # whichever node it was on: all of them
+        "all nodes killed under the parent",
+        acts=(*[(0, kill_node)] * 3, *[(0, add_node)] * 2, (9, kill_node)),
+    ),
     Scenario("node added late", acts=((0, add_node), (5, add_node))),
     Scenario("selection actor killed", acts=((3, kill_selection), (8, kill_selection))),
     Scenario("driver killed, parent", acts=((0, kill_driver),)),
