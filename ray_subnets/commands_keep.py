@@ -72,7 +72,7 @@ def distill(
     temperature: Annotated[float, typer.Option(help="of teacher and student in the loss")] = 2.0,
     weight: Annotated[
         float, typer.Option(help="of the ensemble's answers in the loss; the labels' is the rest")
-    ] = 0.9,
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="of batches, augmentation and new weights")] = 0,
     quiet: Quiet = False,
 ) -> None:

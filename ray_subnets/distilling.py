@@ -28,7 +28,7 @@ from ray_subnets.students import ID, Student
 from ray_subnets.topology import Fixed
 
 TUNE = OneCycle(epochs=10, lr=0.05)
-TEMPERATURE, WEIGHT = 2.0, 0.9
+TEMPERATURE, WEIGHT = 2.0, 0.5
 
 
 def distill(

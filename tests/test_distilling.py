@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -230,7 +231,10 @@ def test_the_commands(
     run_serial(tiny("single=false"), RunFolder.create(tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    how: dict[str, Any] = {"lr": 0.05, "temperature": 2.0, "weight": 0.9, "seed": 0, "quiet": True}
+    options = inspect.signature(commands_keep.distill).parameters
+    how: dict[str, Any] = {"lr": 0.05, "seed": 0, "quiet": True}
+    how |= {"temperature": distilling.TEMPERATURE, "weight": distilling.WEIGHT}
+    assert all(options[name].default == value for name, value in how.items() if name != "quiet")
     how |= {"student": "sparse-000", "epochs": 2}
     commands_keep.distill("run", "small", **how)
     said = capsys.readouterr().out
