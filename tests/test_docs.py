@@ -94,7 +94,7 @@ def test_commands_and_options_exist(page: Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known, line
     for target in re.findall(r"\bmake ([a-z][a-z-]+)", " ".join(re.findall(r"`([^`]*)`", text))):
         assert f"\n{target}:" in makefile, target
-    for module in re.findall(r"python -m ([a-z_.]+)", text):
+    for module in re.findall(r"python -m ([a-z0-9_.]+)", text):
         assert importlib.util.find_spec(module), module
 
 
