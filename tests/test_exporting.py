@@ -66,6 +66,7 @@ def test_pt2_runs_in_a_process_without_this_package(mixed: Ensemble, tmp_path: P
     torch.export.load(tmp_path / "e.pt2", extra_files=about)
     assert json.loads(about[exporting.ABOUT]) == {
         "members": list(mixed.ids),
+        "head": "classes",
         "combine": "probabilities",
         "temperature": None,
         "input": ["float32", 1, 4, 4],
