@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu test-cluster chaos check bench docs fashion study map cheaper clean
+.PHONY: setup demo test test-gpu test-cluster test-slow chaos check bench docs fashion study map cheaper clean
 
 setup: $(VENV)/.ready
 
@@ -21,8 +21,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 demo: setup
 	$(BIN)/ray-subnets run quickstart --overwrite
 
+# Files side by side, on as many cores as there are, up to four: a worker may start a Ray of its own.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # Needs a GPU.
 test-gpu: setup
@@ -31,6 +32,10 @@ test-gpu: setup
 # Several raylets, servers and killed processes on this machine; minutes.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster
+
+# Every network of strangers, exported too; minutes.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Strangers' networks, without a change: all three methods spawn, tune a step, are saved, loaded.
 
 Random weights, inputs as small as each network takes. The ten of the dissertation's Table 4.1 are
-among torchvision's. What takes longer is marked `cluster` (minutes).
+among torchvision's. What takes longer is marked `slow`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLASSES = 5
 
 
 def large(name: str, size: int, **options: Any) -> Any:
-    return pytest.param(name, size, options, marks=pytest.mark.cluster)
+    return pytest.param(name, size, options, marks=pytest.mark.slow)
 
 
 # Name, pixels of each side, options: of Table 4.1, then others.
@@ -128,7 +128,7 @@ def exported(model: nn.Module, size: int, folder: Path) -> None:
         assert ensemble.export(folder / f"a.{kind}").difference <= 1e-5
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "options"), TORCHVISION)
 def test_torchvision_is_exported(
     name: str, size: int, options: dict[str, Any], tmp_path: Path
@@ -139,7 +139,7 @@ def test_torchvision_is_exported(
     exported(get_model(name, weights=None, num_classes=CLASSES, **options), size, tmp_path)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.parametrize(("name", "size", "options"), TIMM)
 def test_timm_is_exported(name: str, size: int, options: dict[str, Any], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_onnx_takes_any_number_of_inputs(mixed: Ensemble, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "combine",
-    ["weighted", *(pytest.param(how, marks=pytest.mark.cluster) for how in ("logits", "vote"))],
+    ["weighted", *(pytest.param(how, marks=pytest.mark.slow) for how in ("logits", "vote"))],
 )
 def test_every_way_of_combining_and_the_temperature(
     mixed: Ensemble, combine: str, tmp_path: Path

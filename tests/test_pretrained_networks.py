@@ -27,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.cluster)
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in table.NETWORKS
     ],
 )
