@@ -1,6 +1,7 @@
 """Loss landscapes (5.3.2): parent, pruned child, tuned child, in 2-D and 3-D, as Fig 5.7.
 
     python -m analysis.landscapes runs/fashion_mnist_sparse-0
+    python -m analysis.landscapes runs/fashion_mnist_sparse-?      # sharpness over runs
 
 Also the line between parent and child and between two members, and how sharp each place is. Rows of
 surfaces are kept as they are made: the same command goes on where it was stopped.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from analysis import findings
 from analysis.findings import Findings, Picture, Table
 from analysis.folders import Run
+from analysis.seeds import cell
 from analysis.surfaces import Landscape, Mapper, directions, kept, line, sharpness, surface
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.figures import BLUE, ORANGE, RED
@@ -269,19 +271,51 @@ def _checked(value: int, name: str, least: int) -> int:
     return value
 
 
+def over_runs(found: Mapping[str, pd.DataFrame]) -> Table:
+    """Sharpness of each network over runs, and its difference to the parent's, paired.
+
+    Args:
+        found: by run, the numbers behind the table `sharpness` of each.
+
+    Returns:
+        Mean and standard error over runs.
+    """
+    whole = pd.concat([frame.assign(run=run) for run, frame in found.items()])
+    wide = whole.pivot(index="run", columns="network", values="sharpness")
+    losses = whole.pivot(index="run", columns="network", values="loss")
+    names = list(dict.fromkeys(whole["network"]))
+    rows = []
+    for name in names:
+        count = str(int(wide[name].count()))
+        more = "" if name == names[0] else cell(wide[name] - wide[names[0]], 1, 4, sign=True)
+        rows.append([name, cell(losses[name], 1, 4), cell(wide[name], 1, 4), more, count])
+    headings = ["network", "loss, nats", "sharpness, nats", f"minus {names[0]}'s", "n"]
+    title = "Sharpness over runs, mean ± standard error; differences are paired"
+    return Table("sharpness_over_runs", title, headings, rows, whole)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = findings.parser("Loss landscapes of parent and child, Fig 5.7.", several=False)
+    parser = findings.parser("Loss landscapes of parent and child, Fig 5.7.")
     parser.add_argument("--side", type=int, default=17, help="points along each direction")
     parser.add_argument("--samples", type=int, default=400, help="training samples")
     parser.add_argument("--span", type=float, default=1.0, help="in lengths of the filters")
     given = parser.parse_args(arguments)
 
-    def do() -> Findings:
+    def one(name: str, place: RunFolder) -> Findings:
         side = _checked(given.side, "side", 3)
         samples = _checked(given.samples, "samples", 1)
-        run = Run.open(given.runs[0])
-        place = findings.place(given.out, given.runs)
-        return find(run, place, side=side, samples=samples, span=given.span)
+        return find(Run.open(name), place, side=side, samples=samples, span=given.span)
+
+    def do() -> Findings:
+        if len(given.runs) == 1:
+            return one(given.runs[0], findings.place(given.out, given.runs))
+        found = {}
+        for name in given.runs:
+            place = findings.place(None, [name])
+            made = one(name, place)
+            made.write(place)
+            found[name] = made.tables[0].numbers
+        return Findings("landscapes", "Loss landscapes", tables=[over_runs(found)])
 
     return findings.main("landscapes", do, given)
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
@@ -187,3 +188,15 @@ def test_the_whole_page(tmp_path: Path) -> None:
 def test_an_address_needs_something_to_spread() -> None:
     with pytest.raises(ValueError, match="--address: only the analyses of --full"):
         commands_report.report("nowhere", full=False, address="local")
+
+
+def test_sharpness_over_runs_by_hand() -> None:
+    """0.1, 0.3 and 0.4, 0.8: means 0.2 and 0.6, errors 0.1 and 0.2; differences 0.3 and 0.5."""
+    found = {
+        run: pd.DataFrame({"network": ["parent", "tuned"], "loss": [1.0, 2.0], "sharpness": both})
+        for run, both in (("a", [0.1, 0.4]), ("b", [0.3, 0.8]))
+    }
+    assert landscapes.over_runs(found).rows == [
+        ["parent", "1.0000 ± 0.0000", "0.2000 ± 0.1000", "", "2"],
+        ["tuned", "2.0000 ± 0.0000", "0.6000 ± 0.2000", "+0.4000 ± 0.1000", "2"],
+    ]
