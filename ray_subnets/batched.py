@@ -13,24 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-WEIGHTS, SAMPLES = 250_000, 1
-"""up to which it is faster on a CPU; see `faster`"""
+WEIGHTS, SAMPLES, SAMPLES_THREADED = 250_000, 1, 4
+"""up to which it is faster on a CPU, with one thread or more; see `faster`"""
 
 
-def faster(device: torch.device, weights: int, samples: int) -> bool:
+def faster(device: torch.device, weights: int, samples: int, threads: int | None = None) -> bool:
     """Is one call of all members the faster way? A rule, so that the same call gives the same bits.
 
-    From `python -m analysis.benchmarks.members`, one thread: on a CPU it wins only where a member
-    is so small, and asked for so little, that starting its operations is most of the work. Eight
-    LeNet-S: 0.8 of the loop's time for one sample, 0.9 to 1.0 for two, 1.3 and more from four on;
-    ResNet-18: 1.3 to 1.9; WRN-28-10: 1.0 to 1.5. Convolutions of K sets of weights are grouped
-    ones, which CPUs do slowly. On GPUs it was not measured, and members are asked one by one
-    unless `batched=True` says otherwise.
+    From `python -m analysis.benchmarks.members`: on a CPU it wins only where a member is so small,
+    and asked for so little, that starting its operations is most of the work. Eight LeNet-S, one
+    thread: 0.7 of the loop's time for one sample, 1.1 for two; two threads: 0.6 for one and two
+    samples, 0.8 for four, 1.3 for 16. ResNet-18, two threads: 1.1 to 1.6; WRN-28-10: 0.8 for one
+    sample, else 1.0 to 1.5. Convolutions of K sets of weights are grouped ones, which CPUs do
+    slowly. On GPUs it was not measured, and members are asked one by one unless `batched=True`
+    says otherwise.
 
     Args:
         weights: of one member.
+        threads: torch's; default: as many as it has now.
     """
-    return device.type == "cpu" and weights <= WEIGHTS and samples <= SAMPLES
+    most = SAMPLES if (threads or torch.get_num_threads()) == 1 else SAMPLES_THREADED
+    return device.type == "cpu" and weights <= WEIGHTS and samples <= most
 
 
 class Unlike(ValueError):

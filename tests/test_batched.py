@@ -63,6 +63,8 @@ def test_the_default_follows_the_rule(
     assert torch.equal(default.logits(X), loop.logits(X))
     cpu = torch.device("cpu")
     assert batched.faster(cpu, 60_000, 1)
+    assert batched.faster(cpu, 60_000, 4, threads=2)
+    assert not batched.faster(cpu, 60_000, 4, threads=1)
     assert not batched.faster(cpu, 60_000, 16)
     assert not batched.faster(cpu, 11_000_000, 1)
     assert not batched.faster(torch.device("cuda"), 60_000, 1)
