@@ -2,10 +2,11 @@
 
     make cheaper          # three runs, then: python -m analysis.cheaper_inference runs/RUN-*
 
-Validation data put members in order, set thresholds and choose where the student begins; test data
-are read once. The distilled network begins as the best member, and so does its opponent, which is
-tuned for as long, by the same schedule and on the same batches, on the labels alone: a child
-trained alone. What was trained is kept in `--keep` and not trained again.
+Validation data put members in order, set thresholds, and choose where the student begins and how
+much of its loss is the teacher's (`--weights`); test data say nothing before that. The distilled
+network begins as the best member, and so does its opponent, which is tuned for as long, by the same
+schedule and on the same batches, on the labels alone: a child trained alone. What was trained is
+kept in `--keep` and not trained again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,17 @@ from ray_subnets.summary import load_outputs
 LEVELS = (*(i / 50 for i in range(50)), 0.99, 0.999, cascade.NEVER)
 
 
-def row(name: str, passes: float, p: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+Row = dict[str, Any]
+
+
+def row(name: str, passes: float, p: torch.Tensor, labels: torch.Tensor) -> Row:
     """One way to answer: what it costs and how good it is on test data."""
     return {"what": name, "passes": passes, "accuracy": metrics.accuracy(p, labels)} | {
         "nll": metrics.nll(p, labels)
     }
 
 
-def cheaper(folder: RunFolder, ids: Sequence[str]) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+def cheaper(folder: RunFolder, ids: Sequence[str]) -> tuple[list[Row], pd.DataFrame]:
     """Rows of the table, and the curve of the cascade, from a run's saved outputs."""
     validation, test = (load_outputs(folder, ids, split) for split in ("validation", "test"))
     right = torch.stack([right_class(one, validation.labels) for one in validation.logits])
@@ -71,33 +76,73 @@ def cheaper(folder: RunFolder, ids: Sequence[str]) -> tuple[list[dict[str, Any]]
     return rows, curve
 
 
-def trained(
-    ensemble: Ensemble, folder: RunFolder, epochs: int, lr: float, seed: int, keep: Path
-) -> list[dict[str, Any]]:
-    """The distilled child, and the same child tuned for as long on labels alone."""
-    rows = []
-    data = driver.load_data(driver.config_of(folder))
-    for name, temperature, weight in (
-        ("distilled child", TEMPERATURE, WEIGHT),
-        ("child trained alone", 1.0, 0.0),
-    ):
-        settings = [str(folder), list(ensemble.ids), epochs, lr, temperature, weight, seed]
-        file = keep / f"{folder.name}-{name.replace(' ', '_')}.json"
-        if file.is_file() and json.loads(file.read_text())["settings"] == settings:
-            rows.append(json.loads(file.read_text())["row"])
-            continue
-        tune = OneCycle(epochs=epochs, lr=lr)
-        how: dict[str, Any] = {"temperature": temperature, "weight": weight, "seed": seed}
-        made = distilled(ensemble, data, tune=tune, **how)
-        assert made.record is not None
-        tested = made.record["distilled"]["test"]
-        found = {"what": name, "passes": 1, "accuracy": tested["accuracy"], "nll": tested["nll"]}
-        found["of full"] = found["accuracy"] / made.record["teacher"]["test"]["accuracy"]
-        found["start"] = made.record["settings"]["student"]
-        keep.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"settings": settings, "row": found}, indent=1) + "\n")
-        rows.append(found)
-    return rows
+@dataclass(frozen=True)
+class Distillation:
+    """How a student is tuned."""
+
+    epochs: int
+    lr: float
+    temperature: float
+    keep: Path
+    """results that are there already are not made again"""
+
+
+def student(ensemble: Ensemble, folder: RunFolder, how: Distillation, weight: float) -> Row:
+    """A network tuned on its teacher and on labels; `weight` 0: on labels alone.
+
+    Returns:
+        Its row, with `validation`, and where it began.
+    """
+    seed = folder.read_json("result.json")["seed"]
+    temperature = how.temperature if weight else 1.0
+    settings = [str(folder), list(ensemble.ids), how.epochs, how.lr, temperature, weight, seed]
+    tune = f"{how.epochs}-epochs-lr-{how.lr:g}-temperature-{temperature:g}-weight-{weight:g}"
+    file = how.keep / f"{folder.name}-{tune}.json"
+    if file.is_file() and (kept := json.loads(file.read_text()))["settings"] == settings:
+        return kept["row"]
+    made = distilled(
+        ensemble,
+        driver.load_data(driver.config_of(folder)),
+        tune=OneCycle(epochs=how.epochs, lr=how.lr),
+        temperature=temperature,
+        weight=weight,
+        seed=seed,
+    )
+    assert made.record is not None
+    tested, best = made.record["distilled"]["test"], made.record["teacher"]["test"]["accuracy"]
+    found = {
+        "what": "distilled child" if weight else "child trained alone",
+        "passes": 1,
+        "accuracy": tested["accuracy"],
+        "nll": tested["nll"],
+        "of full": tested["accuracy"] / best,
+        "start": made.record["settings"]["student"],
+        "validation": made.record["distilled"]["validation"]["nll"],
+    }
+    how.keep.mkdir(parents=True, exist_ok=True)
+    RunFolder(how.keep).write_json(file.name, {"settings": settings, "row": found})
+    return found
+
+
+def students(
+    teachers: Sequence[tuple[RunFolder, Ensemble]], how: Distillation, weights: Sequence[float]
+) -> tuple[list[Row], list[str]]:
+    """The distilled child of each run and its opponent; and how the weight was chosen."""
+    tried = {
+        weight: [student(ensemble, folder, how, weight) for folder, ensemble in teachers]
+        for weight in (0.0, *weights)
+    }
+    validation = {
+        weight: sum(one["validation"] for one in rows) / len(rows) for weight, rows in tried.items()
+    }
+    chosen = min(weights, key=lambda weight: validation[weight])
+    said = ", ".join(f"{weight:g}: {validation[weight]:.4f}" for weight in (0.0, *weights))
+    rows = [
+        one | {"run": folder.name}
+        for weight in (chosen, 0.0)
+        for (folder, _), one in zip(teachers, tried[weight], strict=True)
+    ]
+    return rows, [f"validation NLL by the weight of the teacher: {said}; chosen: {chosen:g}"]
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -167,11 +212,21 @@ def main() -> int:
     parser.add_argument("--group", metavar="NAME", help="of which children; default: all members")
     parser.add_argument("--epochs", type=int, default=5, help="of distillation; 0: leave it out")
     parser.add_argument("--lr", type=float, default=0.1, help="its peak rate (default 0.1)")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="default 2")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[WEIGHT],
+        metavar="WEIGHT",
+        help="of the teacher in the loss; of several the best by validation NLL (default 0.5)",
+    )
     parser.add_argument("--keep", type=Path, default=Path("runs/cheaper_inference"))
     parser.add_argument("--figure", type=Path, help="also draw it into this .png or .svg")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    curves = []
+    rows: list[Row] = []
+    curves, teachers = [], []
+    said: list[str] = []
     try:
         for run in arguments.runs:
             folder = RunFolder.open(run, needs="result.json")
@@ -183,16 +238,18 @@ def main() -> int:
             if len(ids) < 2:
                 raise ValueError(f"--group: {run} has no two members of {arguments.group}")
             found, curve = cheaper(folder, ids)
-            if arguments.epochs:
-                how = (arguments.epochs, arguments.lr, folder.read_json("result.json")["seed"])
-                found += trained(ensemble.take(ids), folder, *how, arguments.keep)
+            teachers.append((folder, ensemble.take(ids)))
             rows += [one | {"run": folder.name} for one in found]
             curves.append(curve.assign(run=folder.name))
+        if arguments.epochs:
+            settings = (arguments.epochs, arguments.lr, arguments.temperature, arguments.keep)
+            found, said = students(teachers, Distillation(*settings), arguments.weights)
+            rows += found
     except ValueError as error:
         print(f"analysis.cheaper_inference: {error}", file=sys.stderr)
         return 2
     table = pd.DataFrame(rows)
-    print(markdown(table), *verdicts(table), sep="\n")
+    print(markdown(table), *verdicts(table), *said, sep="\n")
     if arguments.figure:
         draw(table, pd.concat(curves), arguments.figure)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,35 @@ class Blueprint:
             kept = torch.empty_like(buffer, device="meta") if id(buffer) in saved else None
             memo[id(buffer)] = buffer.detach().cpu().clone() if kept is None else kept
         return Blueprint(_copied(model, memo))
+
+    @staticmethod
+    def tried(model: nn.Module, input_shape: Sequence[int]) -> Blueprint | None:
+        """Of a network whose copy computes what it does; None: of another kind.
+
+        A function that holds on to the module it was made in still asks that one when it is copied.
+
+        Args:
+            model: its weights are changed while it is tried.
+            input_shape: of one sample.
+        """
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        device, training = next(iter(state.values())).device, model.training
+        try:
+            made = Blueprint.of(model)
+            other = made.build().to(device)
+            other.load_state_dict(state)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+                expected = model.eval()(x.to(device))
+                model.load_state_dict(nothing)
+                same = torch.equal(expected, other.eval()(x.to(device)))
+        except (ValueError, RuntimeError, TypeError):
+            return None
+        finally:
+            model.load_state_dict(state)
+            model.train(training)
+        return made if same else None
 
     def build(self) -> nn.Module:
         """A network of zeros, on the CPU; load a state dict into it."""

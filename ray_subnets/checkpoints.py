@@ -177,14 +177,17 @@ class RunFolder:
 
     # --- bytes ---
 
-    def write(self, name: str, content: bytes) -> Stored:
+    def write(self, name: str, content: bytes, *, lasting: bool = True) -> Stored:
         """Write a file so that readers see the old content or the new, never a part.
+
+        Args:
+            lasting: even if the machine loses its power now; see `storage.Place.write`.
 
         Raises:
             WriteFailed: the disk is full, the folder read-only, the server gone, ...
         """
         try:
-            self._place.write(name, content)
+            self._place.write(name, content, lasting=lasting)
         except OSError as error:
             raise self._unwritable(name, error) from None
         return Stored(file=name, sha256=hashlib.sha256(content).hexdigest())
@@ -260,8 +263,13 @@ class RunFolder:
 
     # --- tensors ---
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Stored:
-        """Write tensors of any device as safetensors; those that share memory are written twice."""
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], *, lasting: bool = True
+    ) -> Stored:
+        """Write tensors of any device as safetensors; those that share memory are written twice.
+
+        `lasting` as for `write`.
+        """
         plain: dict[str, Tensor] = {}
         places = set()
         for key, tensor in tensors.items():
@@ -270,7 +278,7 @@ class RunFolder:
             if place in places and plain[key].numel():
                 plain[key] = plain[key].clone()
             places.add(place)
-        return self.write(name, safetensors.torch.save(plain))
+        return self.write(name, safetensors.torch.save(plain), lasting=lasting)
 
     def load_tensors(self, file: str | Stored) -> dict[str, Tensor]:
         name = file.file if isinstance(file, Stored) else file

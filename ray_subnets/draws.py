@@ -21,6 +21,12 @@ def seed_from(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
+def shuffled(n: int, generator: torch.Generator) -> Tensor:
+    """`torch.randperm`: 32-bit integers where they do, which take half the memory and time."""
+    small = n <= torch.iinfo(torch.int32).max
+    return torch.randperm(n, generator=generator, dtype=torch.int32 if small else torch.int64)
+
+
 def stream(seed: int, chunk: int) -> np.random.Generator:
     """The source of values `chunk * CHUNK` and following."""
     return np.random.Generator(np.random.SFC64([seed, chunk] if chunk else seed))

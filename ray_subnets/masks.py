@@ -77,7 +77,7 @@ def exact(
     for pool in _pool(shapes, scope):
         n = _numel(pool)
         mask = torch.zeros(n, dtype=torch.bool)
-        mask[torch.randperm(n, generator=generator)[: round(density * n)]] = True
+        mask.numpy()[draws.shuffled(n, generator).numpy()[: round(density * n)]] = True
         masks |= _split(mask, pool)
     return masks
 
@@ -159,7 +159,7 @@ def partition(
         n = _numel(pool)
         if draw == "exact":
             owner = torch.empty(n, dtype=torch.int16)
-            order = torch.randperm(n, generator=generator)
+            order = draws.shuffled(n, generator)
             cuts = [n * part // parts for part in range(parts + 1)]
             for part, (start, stop) in enumerate(pairwise(cuts)):
                 owner[order[start:stop]] = part

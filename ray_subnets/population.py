@@ -95,6 +95,8 @@ class Worker:
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
         self._anatomies: dict[tuple[bool, str], Anatomy] = {}
+        self._outline: Blueprint | None = None  # of a network that is built by name
+        self._copies = True  # can that be copied?
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
@@ -207,6 +209,21 @@ class Worker:
         )
         return model.to(self.device)
 
+    def blank(self) -> nn.Module:
+        """The run's network for a state dict to be loaded into, on this device.
+
+        Drawing and checking initial weights takes most of the time of `build`, and here they are
+        not wanted: only the first one is built, and copied without its weights.
+        """
+        if self.network is None and self._outline is None and self._copies:
+            first = self.build(seed=0)
+            self._outline = Blueprint.tried(first, self.data.input_shape)
+            self._copies = self._outline is not None
+            return first
+        if self._outline is None:
+            return self.build(seed=0)
+        return self._outline.build().to(self.device)
+
     def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
         if isinstance(job, Fit):
@@ -220,7 +237,7 @@ class Worker:
             return self.finish(job, model, weights, images)
         assert self.parent, "a child was submitted before its parent was shared"
         if isinstance(job, Solve):
-            model, first = self.build(seed=0), job.draws[0]
+            model, first = self.blank(), job.draws[0]
             whole = self.batches(500, first.training_seed) if first.recompute_norm else None
             body = self.anatomy(model, first)
             return trust_region.search(job, self.parent, body, model, self.data, whole)
@@ -241,7 +258,7 @@ class Worker:
 
     def make(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Made]:
         """Spawn and tune; the generator's return value is the finished child."""
-        model = self.build(seed=0)
+        model = self.blank()
         body = self.anatomy(model, spec)
         child = spawn_weights(self.parent, body, spec)
         sub, method, images = child.subnetwork, METHODS[spec.method], 0

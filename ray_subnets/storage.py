@@ -52,8 +52,13 @@ class Place(Protocol):
 
     def read(self, name: str) -> bytes: ...
 
-    def write(self, name: str, content: bytes) -> None:
-        """A reader, or a crash, sees the old content or the new, never a part."""
+    def write(self, name: str, content: bytes, *, lasting: bool = True) -> None:
+        """A reader, or a crash, sees the old content or the new, never a part.
+
+        Args:
+            lasting: on the disk when this returns. Else a killed process loses nothing, but a
+                machine without power may: for what has a checksum and can be made again.
+        """
 
     def append(self, name: str, content: bytes) -> bool:
         """Add to a log whose tail may be lost; False: this place can only write whole files."""
@@ -170,14 +175,15 @@ class LocalPlace:
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, *, lasting: bool = True) -> None:
         path = self._inside(name)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -268,7 +274,7 @@ class RemotePlace:
         with _plain_errors(), self._filesystem.open_input_file(self._at(name)) as file:
             return file.read()
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, *, lasting: bool = True) -> None:
         # A stream of pyarrow's cannot be given up: closing it commits what it has. In a thread of
         # its own Ctrl-C cannot come between opening it and closing it.
         with ThreadPoolExecutor(1) as thread, _plain_errors():

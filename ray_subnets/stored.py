@@ -147,7 +147,10 @@ def save_checkpoint(
     state["progress"] = torch.tensor([epoch, images])
     state["seconds"] = torch.tensor(seconds, dtype=torch.float64)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    folder.save_tensors(checkpoint_name(job), state | {_SEAL: _checksum(state)})
+    # Waiting for the disk after every epoch costs more than what a loss of power can: the seal
+    # tells a file that is not whole, and the job starts again.
+    sealed = state | {_SEAL: _checksum(state)}
+    folder.save_tensors(checkpoint_name(job), sealed, lasting=False)
 
 
 def load_checkpoint(

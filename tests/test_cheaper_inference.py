@@ -10,6 +10,7 @@ import pytest
 from tiny import run_serial, tiny
 
 from analysis import cheaper_inference
+from ray_subnets import members
 from ray_subnets.checkpoints import RunFolder
 
 
@@ -65,6 +66,23 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", [*call, "--group", "dense"])
     assert cheaper_inference.main() == 2
     assert "--group: " in capsys.readouterr().err
+
+
+def test_the_weight_is_chosen_by_validation_data(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = {0.0: 0.1, 0.3: 0.4, 0.6: 0.2, 0.9: 0.3}  # 0 is the opponent, never chosen
+
+    def made(_: object, __: object, ___: object, weight: float) -> cheaper_inference.Row:
+        better_on_test_data = {"accuracy": weight, "nll": -weight}
+        return {"what": f"{weight}", "validation": validation[weight]} | better_on_test_data
+
+    monkeypatch.setattr(cheaper_inference, "student", made)
+    how = cheaper_inference.Distillation(1, 0.1, 2.0, Path("unused"))
+    teachers = [(run, members.load(run.root))]
+    rows, said = cheaper_inference.students(teachers, how, [0.3, 0.6, 0.9])
+    assert [one["what"] for one in rows] == ["0.6", "0.0"]
+    assert said[0].endswith("0: 0.1000, 0.3: 0.4000, 0.6: 0.2000, 0.9: 0.3000; chosen: 0.6")
 
 
 def test_means_and_errors_by_hand() -> None:

@@ -42,10 +42,12 @@ def full(patch: pytest.MonkeyPatch, refuse: Refuse, code: int = errno.ENOSPC) ->
     """The disk has no room for files whose name `refuse` says yes to."""
     write = storage.LocalPlace.write
 
-    def refusing(self: storage.LocalPlace, name: str, content: bytes) -> None:
+    def refusing(
+        self: storage.LocalPlace, name: str, content: bytes, *, lasting: bool = True
+    ) -> None:
         if refuse(name):
             raise OSError(code, os.strerror(code))
-        write(self, name, content)
+        write(self, name, content, lasting=lasting)
 
     patch.setattr(storage.LocalPlace, "write", refusing)
 

@@ -88,7 +88,7 @@ def _warm(worker: Worker) -> None:
     try:
         # What is wrong with the network or the device is told by the job that meets it.
         with suppress(Exception), torch.random.fork_rng(devices=cuda):
-            model, training = worker.build(seed=0), Training(epochs=1)
+            model, training = worker.blank(), Training(epochs=1)
             optimizer = supervised.make_optimizer(model, training)
             batch = next(iter(worker.batches(training.batch_size, 0).epoch(0)))
             criterion = CRITERIA.get(worker.task.head, torch.nn.functional.cross_entropy)
