@@ -193,6 +193,8 @@ def tau(schedule: str) -> Callable[[Axes, str], None]:
             ylabel="accuracy minus one-shot's",
             title=f"Fig 6.1: {schedule} rate",
         )
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend above the lines
 
     return draw
 

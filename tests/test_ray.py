@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from ray_subnets import driver, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
 from ray_subnets.distributed import cluster
+from ray_subnets.distributed import pool as pool_
 from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share
 from ray_subnets.distributed.pool import RayPool
 from ray_subnets.distributed.visible import take_mark
-from ray_subnets.population import Report
+from ray_subnets.population import Report, Worker
 from ray_subnets.recipes import ChildResult, Epoch
 
 # Long enough to be killed in the middle.
@@ -145,6 +148,49 @@ def test_a_job_that_always_kills_its_actor_is_given_up(
     assert others == {
         c["id"]: c["fitness"] for c in long_serial["children"] if c["id"] != "sparse-000"
     }
+
+
+@pytest.mark.parametrize("deaths", [3, 9])
+def test_actors_that_die_as_they_start(
+    deaths: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than a job may be retried: Ray may not yet know that their node is dead. But not
+    for ever.
+    """
+    if deaths == 9:
+        monkeypatch.setattr(pool_, "_UNNOTICED", 0.0)
+    monkeypatch.setattr(pool_, "_PAUSE", 0.1)
+    left = tmp_path / "deaths"
+    left.mkdir()
+    for number in range(deaths):
+        (left / str(number)).touch()
+
+    class Dying(Worker):
+        def __init__(self, *arguments: Any) -> None:
+            for one in left.iterdir():
+                with suppress(FileNotFoundError):  # it was the other actor's
+                    one.unlink()
+                    os._exit(1)
+            super().__init__(*arguments)
+
+    folder = RunFolder.create(tmp_path / "run")
+    settings = tiny("single=false", "resources.actors=1", "resources.retries=1")
+    data = driver.load_data(settings)
+    cost = driver.prepare(settings, data, folder)
+    task, notes = driver.task_of(settings, folder), list[str]()
+    pool = RayPool(task, data, settings.resources, jobs=9, notify=notes.append, worker=Dying)
+    try:
+        if deaths == 9:
+            with pytest.raises(ValueError, match="actors die while they start: the last died"):
+                driver.run(settings, data, folder, pool, cost=cost)
+            assert len(list(left.iterdir())) == 9 - 2
+            return
+        record = driver.run(settings, data, folder, pool, cost=cost)
+    finally:
+        pool.close()
+    assert notes.count("an actor died while it started; another takes its place") == deaths
+    assert record["parent"]["attempts"] == 1
+    assert not any(child["error"] for child in record["children"])
 
 
 def test_a_dead_selection_actor_costs_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ _WAIT = 1.0  # seconds between looks at what is not a report
 _POLL = 0.2  # the same while the parent trains elsewhere
 _LOOK = 2.0  # seconds between looks at the cluster
 _PATIENCE = 60.0  # seconds without any actor before saying so
+_UNNOTICED = 60.0  # seconds for which Ray may still send actors to a node that is dead
+_PAUSE = 10.0  # seconds, at most, between an actor's death as it starts and the next start
 _WARM = 300.0  # seconds before the parent's end at which a growing cluster is asked for the rest
 
 ParentTrainer = Callable[[Fit], Iterator[Report | None]]
@@ -108,6 +110,7 @@ class RayPool:
         self.faults: list[Fault] = []
         self._slots: list[_Slot] = []
         self._started = self._died_idle = 0
+        self._died_since = self._not_before = 0.0  # of actors that die as they start
         self._nodes = {id: _name(node) for id, node in alive().items()}
         self._looked = 0.0
         self._status: Status | None = None
@@ -199,7 +202,8 @@ class RayPool:
     def _resize(self, wanted: int) -> None:
         """Start actors, or end ones without work: first those that still wait for room."""
         slots = [slot for slot in self._slots if not slot.dedicated]
-        for _ in range(wanted - len(slots)):
+        paused = time.monotonic() < self._not_before
+        for _ in range(0 if paused else wanted - len(slots)):
             self._slots.append(self._start(gpus=self._share.gpus))
         idle = sorted((slot for slot in slots if slot.job is None), key=lambda s: s.setup is None)
         for slot in idle[: max(0, len(slots) - wanted)]:
@@ -216,6 +220,7 @@ class RayPool:
             self._looked = time.monotonic()
             now = {id: _name(node) for id, node in alive().items()}
             for id in self._nodes.keys() - now.keys():
+                self._died_idle = 0  # that was why
                 self._notify(f"node {self._nodes[id]} left; {len(now)} remain")
                 self.faults.append(
                     Fault(id="", what="the node left", node=self._nodes[id], time=time.time())
@@ -321,10 +326,18 @@ class RayPool:
         )
         self.faults.append(fault)
         if job is None:
+            now = time.monotonic()
             self._died_idle += 1
-            if self._died_idle > self._resources.retries:
+            if self._died_idle == 1:
+                self._died_since = now
+            # Its node may have died, and Ray hears of that late: then it says so, see `_look`.
+            unexplained = what in (_DIED, _SILENT)
+            long = now - self._died_since > _UNNOTICED
+            if self._died_idle > self._resources.retries and (long or not unexplained):
                 self._refuse(slot, f"resources: actors die while they start: the last {what}")
                 return
+            if self._died_idle > 1:
+                self._not_before = now + min(2.0 ** (self._died_idle - 2), _PAUSE)
         self._retire(slot)
         if slot.dedicated:
             self._slots.append(self._start(gpus=1.0, dedicated=True))
@@ -351,6 +364,9 @@ class RayPool:
         take_mark(self._task.folder)
 
 
+_DIED, _SILENT = "died", "does not answer"
+
+
 def _name(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerAddress']}/{node['NodeID'][:8]}"
 
@@ -372,4 +388,4 @@ def _reason(error: RayError) -> str:
         return f"raised {name}: {' '.join(str(cause).split())[:200]}"
     if "low on memory" in text or "OutOfMemory" in type(error).__name__:
         return "was ended because its node ran out of memory; use fewer (resources.actors)"
-    return "does not answer" if isinstance(error, ActorUnavailableError) else "died"
+    return _SILENT if isinstance(error, ActorUnavailableError) else _DIED

@@ -4,7 +4,7 @@ What is to happen lies as files in the folder CHAOS, and each happens once, to w
 file first: `tune.7` ends the process at the seventh training step of a job; `tune.7.1` is another
 one like it. Numbers are those of a plain network: where nothing happens nothing differs.
 
-    spawn.N          SIGKILL while a process gives a network its weights for the N-th time
+    spawn.N          SIGKILL while a process spawns its N-th child
     tune.N           SIGKILL in the N-th training step
     evaluate.N       SIGKILL in the N-th batch of an evaluation
     write-WHAT.N     SIGKILL with a file half way, just before its N-th rename into place
@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ray_subnets import population
 
 _FOLDER = os.environ.get("CHAOS")
 _PAUSE = float(os.environ.get("CHAOS_PAUSE", "0"))
@@ -81,13 +83,6 @@ class Network(nn.Module):
                 die()
         return logits
 
-    def load_state_dict(self, *args: Any, **how: Any) -> Any:
-        if _WORKER:
-            _counts["spawn"] += 1
-            if due("spawn", _counts["spawn"]):
-                die()
-        return super().load_state_dict(*args, **how)
-
 
 def build(input_shape: tuple[int, ...], num_classes: int, hidden: int = 24) -> nn.Module:
     return Network(torch.Size(input_shape).numel(), hidden, num_classes)
@@ -115,5 +110,19 @@ def _break_renames() -> None:
     os.replace = replace  # type: ignore[assignment]
 
 
+def _break_spawns() -> None:
+    spawn = population.spawn_weights
+
+    def spawn_weights(*args: Any, **how: Any) -> Any:
+        _counts["spawn"] += 1
+        if due("spawn", _counts["spawn"]):
+            die()
+        return spawn(*args, **how)
+
+    population.spawn_weights = spawn_weights
+
+
 if _FOLDER:
     _break_renames()
+if _FOLDER and _WORKER:
+    _break_spawns()
