@@ -22,11 +22,11 @@ def faster(device: torch.device, weights: int, samples: int, threads: int | None
 
     From `python -m analysis.benchmarks.members`: on a CPU it wins only where a member is so small,
     and asked for so little, that starting its operations is most of the work. Eight LeNet-S, one
-    thread: 0.7 of the loop's time for one sample, 1.1 for two; two threads: 0.6 for one and two
-    samples, 0.8 for four, 1.3 for 16. ResNet-18, two threads: 1.1 to 1.6; WRN-28-10: 0.8 for one
-    sample, else 1.0 to 1.5. Convolutions of K sets of weights are grouped ones, which CPUs do
-    slowly. On GPUs it was not measured, and members are asked one by one unless `batched=True`
-    says otherwise.
+    thread: 0.85 of the loop's time for one sample, 1.1 for two; two threads: 0.6 to 0.7 for one and
+    two samples, 0.8 for four, 1.3 for 16. ResNet-18: 1.1 to 2.0. Of large ones asked for one sample
+    some win and more lose (WRN-28-10 0.9), which no rule tells apart: `Ensemble.choose_batched`
+    measures. Convolutions of K sets of weights are grouped ones, which CPUs do slowly. On GPUs it
+    was not measured, and members are asked one by one unless `batched=True` says otherwise.
 
     Args:
         weights: of one member.

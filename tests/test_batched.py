@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,29 @@ def test_the_default_follows_the_rule(
     assert not batched.faster(cpu, 60_000, 16)
     assert not batched.faster(cpu, 11_000_000, 1)
     assert not batched.faster(torch.device("cuda"), 60_000, 1)
+
+
+def test_the_clock_chooses(saved: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way in turn; the slower one is not taken, whichever that is."""
+    ensemble, logits = load(saved, None), Ensemble.logits
+    expected = ensemble.logits(X[:1])
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for slow in (True, False):
+
+        def slower(self: Ensemble, x: Tensor, slow: bool = slow) -> Tensor:
+            now[0] += 2.0 if self.batched is slow else 1.0
+            return logits(self, x)
+
+        monkeypatch.setattr(Ensemble, "logits", slower)
+        found = ensemble.choose_batched(X[:1], rounds=3)
+        assert ensemble.batched is not slow
+        assert found == {"one call": 1.0 + slow, "loop": 2.0 - slow}
+        assert close(ensemble.logits(X[:1]), expected)
+    monkeypatch.setattr(Ensemble, "logits", logits)
+    demand = load(saved, None, on_demand=True)  # they cannot be called together
+    assert list(demand.choose_batched(X[:1], rounds=1)) == ["loop"]
+    assert demand.batched is False
 
 
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:

@@ -17,11 +17,15 @@ from ray_subnets.data import Preprocess
 from ray_subnets.ensembles import Ensemble
 
 ROUNDS = 7
-NETWORKS = {  # name -> shape of an input, options, members, samples
+NETWORKS: dict[
+    str, tuple[tuple[int, ...], dict[str, int], int, tuple[int, ...]]
+] = {  # name -> shape of an input, options, members, samples
     "lenet_s": ((1, 28, 28), {}, 8, (1, 2, 4, 16, 64)),
     "resnet18": ((3, 32, 32), {}, 8, (1, 2, 8)),
     "wide_resnet": ((3, 32, 32), {"depth": 28, "width": 10}, 4, (1, 4)),
 }
+OTHERS = ("alexnet", "resnet50", "vgg11", "wide_resnet50_2")  # if asked for by name
+NETWORKS |= {f"torchvision/{name}": ((3, 224, 224), {}, 4, (1,)) for name in OTHERS}
 
 
 def compare(name: str, device: torch.device) -> None:
@@ -55,13 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--network", choices=list(NETWORKS), help="default: all")
+    parser.add_argument("--network", choices=list(NETWORKS), help="default: the first three")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
-        for name in [arguments.network] if arguments.network else NETWORKS:
+        default = [name for name in NETWORKS if "/" not in name]
+        for name in [arguments.network] if arguments.network else default:
             compare(name, torch.device(device))
 
 
