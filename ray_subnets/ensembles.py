@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from ray_subnets.answers import Opinions, Prediction
 from ray_subnets.batched import Batched, Unlike, faster
@@ -163,20 +163,19 @@ class Ensemble(nn.Module):
         """
         ways = {"one call": True, "loop": False}
         times: dict[str, list[float]] = {name: [] for name in ways}
-        # It waits for a GPU to finish.
-        timer = Timer(
-            "ask(x)", globals={"ask": self.logits, "x": x}, num_threads=torch.get_num_threads()
-        )
         with torch.no_grad():
             for turn in range(rounds + 1):
                 for name, self.batched in list(ways.items()):
+                    began = time.perf_counter()
                     try:
-                        seconds = timer.timeit(1).mean
+                        self.logits(x)
                     except ValueError:
                         del ways[name], times[name]
                         continue
+                    if x.is_cuda:
+                        torch.cuda.synchronize(x.device)
                     if turn:  # the first one puts things side by side
-                        times[name].append(seconds)
+                        times[name].append(time.perf_counter() - began)
         found = {name: statistics.median(seconds) for name, seconds in times.items()}
         self.batched = ways[min(found, key=lambda name: found[name])]
         return found
