@@ -137,7 +137,7 @@ def test_ray_only_in_distributed(name: str) -> None:
 
 @pytest.mark.parametrize("name", GROUND_FLOOR)
 def test_the_ground_floor_opens_no_files(name: str) -> None:
-    """No paths, clocks, sockets or configuration under the loops (two time their epochs, one its members)."""
+    """No paths, clocks, sockets or configuration under the loops (three take times)."""
     allowed = {
         "supervised": {"time"},
         "ppo": {"time"},
