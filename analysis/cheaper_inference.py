@@ -1,6 +1,6 @@
 """What an answer costs: cascades, subsets of members, one distilled network.
 
-    make cheaper          # three runs, then: python -m analysis.cheaper_inference runs/RUN-*
+    make cheaper          # five runs, then: python -m analysis.cheaper_inference runs/RUN-*
 
 Validation data put members in order, set thresholds, and choose where the student begins and how
 much of its loss is the teacher's (`--weights`); test data say nothing before that. The distilled
@@ -12,7 +12,6 @@ kept in `--keep` and not trained again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,9 +96,9 @@ def student(ensemble: Ensemble, folder: RunFolder, how: Distillation, weight: fl
     temperature = how.temperature if weight else 1.0
     settings = [str(folder), list(ensemble.ids), how.epochs, how.lr, temperature, weight, seed]
     tune = f"{how.epochs}-epochs-lr-{how.lr:g}-temperature-{temperature:g}-weight-{weight:g}"
-    file = how.keep / f"{folder.name}-{tune}.json"
-    if file.is_file() and (kept := json.loads(file.read_text()))["settings"] == settings:
-        return kept["row"]
+    kept, file = RunFolder(how.keep), f"{folder.name}-{tune}.json"
+    if kept.exists(file) and (found := kept.read_json(file))["settings"] == settings:
+        return found["row"]
     made = distilled(
         ensemble,
         driver.load_data(driver.config_of(folder)),
@@ -120,7 +119,7 @@ def student(ensemble: Ensemble, folder: RunFolder, how: Distillation, weight: fl
         "validation": made.record["distilled"]["validation"]["nll"],
     }
     how.keep.mkdir(parents=True, exist_ok=True)
-    RunFolder(how.keep).write_json(file.name, {"settings": settings, "row": found})
+    kept.write_json(file, {"settings": settings, "row": found})
     return found
 
 

@@ -96,7 +96,7 @@ class Batched:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that fall back to a loop
                 answer: Tensor = vmap(one)(self._stacked)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unlike(f"torch.func cannot call the network for many weights ({why})") from None
         return answer

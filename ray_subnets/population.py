@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -95,8 +95,6 @@ class Worker:
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
         self._anatomies: dict[tuple[bool, str], Anatomy] = {}
-        self._outline: Blueprint | None = None  # of a network that is built by name
-        self._copies = True  # can that be copied?
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
@@ -215,14 +213,14 @@ class Worker:
         Drawing and checking initial weights takes most of the time of `build`, and here they are
         not wanted: only the first one is built, and copied without its weights.
         """
-        if self.network is None and self._outline is None and self._copies:
-            first = self.build(seed=0)
-            self._outline = Blueprint.tried(first, self.data.input_shape)
-            self._copies = self._outline is not None
-            return first
-        if self._outline is None:
-            return self.build(seed=0)
-        return self._outline.build().to(self.device)
+        outline = self._outline
+        return self.build(seed=0) if outline is None else outline.build().to(self.device)
+
+    @cached_property
+    def _outline(self) -> Blueprint | None:
+        """Of a network that is built by name, if that can be copied."""
+        given = self.network is not None
+        return None if given else Blueprint.tried(self.build(seed=0), self.data.input_shape)
 
     def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
