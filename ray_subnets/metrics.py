@@ -135,13 +135,19 @@ def temperature_of(probabilities: Tensor, labels: Tensor) -> float:
     return fit_temperature(probabilities.double().clamp_min(tiny).log(), labels)
 
 
-def summary(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """The numbers printed for every predictor: accuracy, nll, brier, ece, ece_floor(+_std)."""
-    floor, floor_std = ece_floor(probabilities)
+def quality(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """What a network is chosen by: accuracy, nll, brier."""
     return {
         "accuracy": accuracy(probabilities, labels),
         "nll": nll(probabilities, labels),
         "brier": brier(probabilities, labels),
+    }
+
+
+def summary(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """The numbers printed for every predictor: accuracy, nll, brier, ece, ece_floor(+_std)."""
+    floor, floor_std = ece_floor(probabilities)
+    return quality(probabilities, labels) | {
         "ece": ece(probabilities, labels),
         "ece_floor": floor,
         "ece_floor_std": floor_std,

@@ -387,12 +387,7 @@ class Worker:
         self._timings["evaluate"] = time.time() - began
         labels = data.validation.labels.cpu()
         if self.task.head == "classes":
-            probabilities = logits["validation"].double().softmax(1)
-            validation = {
-                "accuracy": metrics.accuracy(probabilities, labels),
-                "nll": metrics.nll(probabilities, labels),
-                "brier": metrics.brier(probabilities, labels),
-            }
+            validation = metrics.quality(logits["validation"].double().softmax(1), labels)
         else:
             validation = regression.scores(logits["validation"][None], labels, self.task.head)
             if not all(map(math.isfinite, validation.values())):

@@ -113,12 +113,7 @@ class Scores:
 
     def validation(self, ids: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL and Brier score on validation data: what settings may be chosen by."""
-        p, labels = self.combined(ids, "validation"), self.labels["validation"]
-        return {
-            "accuracy": metrics.accuracy(p, labels),
-            "nll": metrics.nll(p, labels),
-            "brier": metrics.brier(p, labels),
-        }
+        return metrics.quality(self.combined(ids, "validation"), self.labels["validation"])
 
     def diversity(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean pairwise disagreement, KL and correlation of members on test data (section 7.2)."""
