@@ -28,6 +28,18 @@ procgen_only = pytest.mark.skipif(not find_spec("procgen"), reason="procgen is n
 SMALL = PPO(total_steps=10 * 32 * 4, num_steps=32, num_minibatches=4, lr=1e-3, gamma=0.9)
 CART = Env(id="CartPole-v1", num_envs=4, frame_stack=2)
 SMALL_GAME = Env(id="procgen/coinrun", num_envs=3, num_levels=2, frame_stack=2)
+TO_BALANCE = PPO(
+    total_steps=100_000,
+    num_steps=128,
+    num_minibatches=4,
+    update_epochs=8,
+    lr=2e-3,
+    gamma=0.99,
+    ent_coef=0.0,
+    target_kl=None,
+    normalize_reward=False,
+    anneal_lr=True,
+)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     CART.id: ("mlp", {"hidden": [16], "activation": "tanh"}),
     SMALL_GAME.id: ("impala", {"channels": [4, 4], "hidden": 16}),
@@ -292,18 +304,7 @@ def test_it_learns_to_balance_a_pole() -> None:
     episodes must last 195, which was the mark at which the first version of the task was solved;
     some 20,000 are enough.
     """
-    settings = PPO(
-        total_steps=100_000,
-        num_steps=128,
-        num_minibatches=4,
-        update_epochs=8,
-        lr=2e-3,
-        gamma=0.99,
-        ent_coef=0.0,
-        target_kl=None,
-        normalize_reward=False,
-        anneal_lr=True,
-    )
+    settings = TO_BALANCE
     env = Env(id="CartPole-v1", num_envs=16, frame_stack=1)
     envs = Environments(env, 0)
     model = actor_critic.build("mlp", (4,), 2, {"hidden": [64, 64], "activation": "tanh"}, 0)
@@ -318,3 +319,18 @@ def test_it_learns_to_balance_a_pole() -> None:
     policy = policies.Ensemble([model.actor])
     played = policies.play(policy, env, seed=99, how="argmax")
     assert played.returns.mean() > 100, "and it is the actor that acts"
+
+
+@gymnasium_only
+def test_what_the_benchmark_compares_with_learns_too() -> None:
+    from analysis.benchmarks import plain_ppo
+
+    env = Env(id="CartPole-v1", num_envs=16, frame_stack=1)
+    model = actor_critic.build("mlp", (4,), 2, {"hidden": [64, 64], "activation": "tanh"}, 0)
+    envs = plain_ppo.make(env.id, env.num_envs, TO_BALANCE.gamma)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain_ppo.train(model, envs, replace(TO_BALANCE, total_steps=20_480), torch.device("cpu"))
+    envs.close()
+    played = policies.play(policies.Ensemble([model.actor]), env, seed=99, how="argmax")
+    assert played.returns.mean() > 100
