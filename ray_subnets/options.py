@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ray_subnets.memory import keep_freed
+
 
 def on_head() -> bool:
     """Is this machine the head of a cluster that `ray up` made? Its own file lies there then."""
@@ -18,6 +20,13 @@ def address_or_head(given: str | None) -> str | None:
     return given or ("auto" if on_head() else None)
 
 
+def in_this_process(serial: bool) -> bool:
+    """It trains then, as actors do."""
+    if serial:
+        keep_freed()
+    return serial
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="settings to change: parent.epochs=8"),
@@ -27,7 +36,12 @@ RunArgument = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 Serial = Annotated[
-    bool, typer.Option("--serial", help="no Ray: everything in this process, same numbers")
+    bool,
+    typer.Option(
+        "--serial",
+        callback=in_this_process,
+        help="no Ray: everything in this process, same numbers",
+    ),
 ]
 Address = Annotated[
     str | None,

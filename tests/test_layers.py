@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
-    ["options", "requested"],
+    ["memory", "requested"],
+    ["options"],
     ["webapp"],
     [
         *["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
@@ -70,7 +71,6 @@ FLOORS = [
         "distributed.local_cluster",
         "distributed.selection",
         "distributed.devices",
-        "distributed.memory",
         "distributed.sent",
     ],
     ["distributed.instruments", "distributed.visible", "distributed.clusterfile"],

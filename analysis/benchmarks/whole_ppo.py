@@ -20,6 +20,7 @@ from analysis.benchmarks.rollouts import policy_alone, simulator_alone
 from analysis.benchmarks.rounds import Measure, Ratios, medians
 from ray_subnets import ppo
 from ray_subnets.envs import Environments
+from ray_subnets.memory import keep_freed
 from ray_subnets.models import actor_critic
 from ray_subnets.models.actor_critic import ActorCritic
 from ray_subnets.policy_recipes import PPO, Env
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed()  # as our commands do; the plain one gains by it too
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = arguments.num_envs * arguments.steps
     settings = PPO(

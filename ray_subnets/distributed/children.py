@@ -16,11 +16,11 @@ from ray_subnets import supervised
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.distributed.devices import granted, here
 from ray_subnets.distributed.instruments import Instruments
-from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.sent import Sent
 from ray_subnets.distributed.visible import check_mark
 from ray_subnets.flat import Flat, flatten
 from ray_subnets.items import Items
+from ray_subnets.memory import keep_freed
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import ChildResult, Job, Training
 from ray_subnets.regression import CRITERIA

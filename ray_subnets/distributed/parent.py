@@ -26,8 +26,8 @@ from torch import nn
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data
 from ray_subnets.distributed.children import unpack_data
-from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.visible import check_mark
+from ray_subnets.memory import keep_freed
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import Epoch, Fit
 from ray_subnets.stored import stored_result

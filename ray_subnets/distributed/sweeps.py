@@ -27,10 +27,10 @@ from ray_subnets.config import Config, Named
 from ray_subnets.data import Data
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share, granted, here
-from ray_subnets.distributed.memory import keep_freed
 from ray_subnets.distributed.pool import RayPool
 from ray_subnets.distributed.sweepgauges import SweepGauges
 from ray_subnets.distributed.visible import check_mark, leave_mark, take_mark
+from ray_subnets.memory import keep_freed
 from ray_subnets.recipes import Fit, Result
 from ray_subnets.stored import stored_result
 from ray_subnets.sweep import averaged, objective

@@ -1,4 +1,4 @@
-"""How an actor's process keeps its memory."""
+"""How a process that trains keeps its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def keep_freed() -> None:
 
     By default it hands an activation's memory back to the system and faults it in again a page at
     a time: in an actor, where no earlier work has taught it otherwise, that made evaluation 1.8
-    times as long. Changes no number; does nothing where there is no glibc.
+    times as long. For processes of our own, actors and commands: a caller's allocator is not ours
+    to change. Changes no number; does nothing where there is no glibc.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
