@@ -59,7 +59,7 @@ def markdown(found: pd.DataFrame, task: str) -> str:
             continue
         cost = one["cost_flops_vs_single"].mean()
         told = [title + (" \\*" if cost > SLACK else "")]
-        told += [f"{one['cost_passes'].mean():.0f}", f"{cost:.2f}x"]
+        told += [f"{one['members'].mean():.0f}", f"{cost:.2f}x"]
         told += [_said(part, *measure) for part in parts for measure in (ACCURACY, NLL)]
         told += [_said(one, "test_nll_scaled", 1.0, 3), _said(one, "test_brier", 1.0, 3)]
         told += [f"{one['test_ece'].mean():.3f} ({one['test_ece_floor'].mean():.3f})"]
