@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ray_subnets import policies, ppo, spawning
-from ray_subnets.envs import Environments
+from ray_subnets import spawning
 from ray_subnets.models import actor_critic
-from ray_subnets.policy_recipes import PPO, Env
 from ray_subnets.recipes import derive
+from ray_subnets.rl import policies, ppo
+from ray_subnets.rl.envs import Environments
+from ray_subnets.rl.policy_recipes import PPO, Env
 
 PLAIN = PPO(
     total_steps=100_000,

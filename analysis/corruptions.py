@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ray_subnets import datasets
-from ray_subnets.corruptions import EXTRA, NAMES, SEVERITIES, splits
 from ray_subnets.items import Items
+from ray_subnets.shifts.corruptions import EXTRA, NAMES, SEVERITIES, splits
 from ray_subnets.streaming import ImageFiles
 
 

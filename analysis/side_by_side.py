@@ -18,14 +18,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.seeds import cell
-from ray_subnets.benchmarkframe import SLACK, cells
+from ray_subnets.benchmark.frame import SLACK, cells
 from ray_subnets.checkpoints import RunFolder
 
 ACCURACY, NLL = ("test_accuracy", 100.0, 2), ("test_nll", 1.0, 3)
 
 
 def read(run: str | Path) -> pd.DataFrame:
-    """One line per cell that was done, see `benchmarkframe.cells`.
+    """One line per cell that was done, see `frame.cells`.
 
     Raises:
         ValueError: no benchmark, or none of its cells is done; one line.

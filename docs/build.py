@@ -14,7 +14,7 @@ MODULES = (
     "ray_subnets",
     *(f"ray_subnets.{name}" for name in ("config", "groups", "recipes", "answers", "cascade")),
     *(f"ray_subnets.{name}" for name in ("regression", "regressor")),
-    *(f"ray_subnets.{name}" for name in ("metrics", "masks", "schedules", "requested")),
+    *(f"ray_subnets.{name}" for name in ("metrics", "masks", "schedules", "serving.requested")),
 )
 
 

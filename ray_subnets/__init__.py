@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ray_subnets.methods import OneCycle as OneCycle
     from ray_subnets.methods import Sparse as Sparse
     from ray_subnets.methods import Stochastic as Stochastic
-    from ray_subnets.policy_members import load_policy as load_policy
     from ray_subnets.recipes import ChildResult as ChildResult
     from ray_subnets.recipes import ChildSpec as ChildSpec
     from ray_subnets.recipes import Training as Training
     from ray_subnets.regressor import Regressor as Regressor
+    from ray_subnets.rl.policy_members import load_policy as load_policy
     from ray_subnets.spawning import spawn as spawn
     from ray_subnets.trust_region import solve_sigma as solve_sigma
 
@@ -55,7 +55,7 @@ _HOME = {
     "ensemble": "api",
     "load": "members",
     "load_cascade": "cascade",
-    "load_policy": "policy_members",
+    "load_policy": "rl.policy_members",
     "solve_sigma": "trust_region",
     "spawn": "spawning",
 }

@@ -27,15 +27,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ray_subnets import (
-    commands_benchmark,
-    commands_keep,
-    commands_policy,
-    commands_report,
-    commands_serve,
-    commands_sweep,
-)
-from ray_subnets.options import (
+from ray_subnets.commands import benchmark as commands_benchmark
+from ray_subnets.commands import keep as commands_keep
+from ray_subnets.commands import policy as commands_policy
+from ray_subnets.commands import report as commands_report
+from ray_subnets.commands import serve as commands_serve
+from ray_subnets.commands import sweep as commands_sweep
+from ray_subnets.commands.options import (
     Address,
     Overrides,
     Quiet,
@@ -121,7 +119,7 @@ def run(
             quiet=quiet,
         )
     if from_sweep:
-        from ray_subnets.sweep import run_config
+        from ray_subnets.sweeps.sweep import run_config
 
         settings = run_config(config, from_sweep, overrides or [])
     else:
@@ -245,7 +243,7 @@ def _do(
     from ray_subnets.events import Events
     from ray_subnets.pools import SerialPool
     from ray_subnets.population import Worker
-    from ray_subnets.trials import device_here
+    from ray_subnets.sweeps.trials import device_here
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     joins = address not in (None, "local")

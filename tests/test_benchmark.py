@@ -18,10 +18,12 @@ from test_errors import must_say
 from tiny import numbers
 
 import ray_subnets
-from ray_subnets import baselines, benchmark, benchmarkfile, cells, evaluation
+from ray_subnets import baselines, evaluation
 from ray_subnets.baselines.method import Bench, Method, Progress, Trained, of
-from ray_subnets.benchmarkfile import Benchmark
-from ray_subnets.cells import CellWorker
+from ray_subnets.benchmark import benchmarkfile, cells
+from ray_subnets.benchmark import run as benchmark
+from ray_subnets.benchmark.benchmarkfile import Benchmark
+from ray_subnets.benchmark.cells import CellWorker
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Data
 from ray_subnets.pools import Pool, SerialPool

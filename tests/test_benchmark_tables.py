@@ -18,9 +18,10 @@ from rich.console import Console
 from scipy import stats
 
 from analysis import side_by_side
-from ray_subnets import benchmarkreport, benchmarktable
-from ray_subnets.benchmarkframe import aggregate, cells, frames, holm, paired_p, progress
-from ray_subnets.benchmarkverdict import verdict
+from ray_subnets.benchmark import report as benchmarkreport
+from ray_subnets.benchmark import table as benchmarktable
+from ray_subnets.benchmark.frame import aggregate, cells, frames, holm, paired_p, progress
+from ray_subnets.benchmark.verdict import verdict
 from ray_subnets.checkpoints import RunFolder
 
 TASK = "task"

@@ -22,8 +22,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from analysis import corruptions as picture
-from ray_subnets import blurs, corruptions, datasets, distortions, weather
-from ray_subnets.corruptions import EXTRA, NAMES, SEVERITIES, corrupt
+from ray_subnets import datasets
+from ray_subnets.shifts import blurs, corruptions, distortions, weather
+from ray_subnets.shifts.corruptions import EXTRA, NAMES, SEVERITIES, corrupt
 
 ALL = NAMES + EXTRA
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import Command
 from test_errors import must_say, the_line
 
-from ray_subnets.dashboard import Server, folders
 from ray_subnets.distributed import instruments, sweepgauges
+from ray_subnets.sweeps.dashboard import Server, folders
 
 GRAFANA = Path(__file__).parent.parent / "cluster/grafana.json"
 
@@ -141,7 +141,7 @@ import ray
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.sweepgauges import SweepGauges
 from ray_subnets.recipes import ChildResult, Epoch, Status
-from ray_subnets.sweep import AVERAGED
+from ray_subnets.sweeps.sweep import AVERAGED
 ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=int(sys.argv[1]))
 one = Instruments("a")
 one.report(Epoch(id="x", epoch=1, epochs=2, loss=0.5, lr=0.1, images=10, seconds=1.0))

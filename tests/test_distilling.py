@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ray_subnets as rs
-from ray_subnets import commands_keep, distilling, metrics
+from ray_subnets import distilling, metrics
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.commands import keep as commands_keep
 from ray_subnets.data import Batch
 from ray_subnets.ensembles import Ensemble
 

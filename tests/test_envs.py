@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ray_subnets.envs import Environments, RunningReturn, unseen
-from ray_subnets.policy_recipes import Env
-from ray_subnets.procgen_games import GAMES
-from ray_subnets.simulators import LAST_LEVEL
+from ray_subnets.rl.envs import Environments, RunningReturn, unseen
+from ray_subnets.rl.policy_recipes import Env
+from ray_subnets.rl.procgen_games import GAMES
+from ray_subnets.rl.simulators import LAST_LEVEL
 
 if find_spec("gymnasium"):
     import played  # noqa: F401 (registers its environments)
@@ -196,8 +196,8 @@ class Absent:
         if name.split(".")[0] in sys.argv[1:]:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden by the test)")
 sys.meta_path.insert(0, Absent())
-import ray_subnets.ppo, ray_subnets.policies
-from ray_subnets.envs import Environments, Env
+import ray_subnets.rl.ppo, ray_subnets.rl.policies
+from ray_subnets.rl.envs import Environments, Env
 for id in ("procgen/coinrun", "CartPole-v1"):
     try:
         print(Environments(Env(id=id, num_envs=1), 0).num_actions)
@@ -264,7 +264,7 @@ def test_levels_of_procgen_do_not_depend_on_the_actions() -> None:
 @procgen_only
 def test_procgen_prints_nothing_and_names_what_it_cannot_play() -> None:
     code = (
-        "from ray_subnets.envs import Environments, Env\n"
+        "from ray_subnets.rl.envs import Environments, Env\n"
         "Environments(Env(id='procgen/coinrun', num_envs=1), 0).reset()"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

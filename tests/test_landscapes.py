@@ -14,8 +14,9 @@ from tiny import run_serial, tiny
 from torch import Tensor, nn
 
 from analysis import full, landscapes, surfaces
-from ray_subnets import commands_report, models
+from ray_subnets import models
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.commands import report as commands_report
 
 
 def network(seed: int = 0) -> nn.Module:

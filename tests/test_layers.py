@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,34 +14,36 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
-    ["memory", "requested"],
-    ["options"],
-    ["webapp"],
+    ["rl", "benchmark", "sweeps", "commands", "shifts", "serving"],
+    ["memory", "serving.requested"],
+    ["commands.options"],
+    ["serving.webapp"],
     [
         *["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
-        *["distortions", "regression"],
+        *["shifts.distortions", "regression"],
     ],
-    ["masks", "blurs", "shift", "policy_recipes", "simulators"],
+    ["masks", "shifts.blurs", "shifts.shift", "rl.policy_recipes", "rl.simulators"],
     [
-        *["noisy", "sparse", "stochastic", "units", "streaming", "weather", "procgen_games"],
-        *["items", "blueprint", "policy_jobs"],
+        *["noisy", "sparse", "stochastic", "units", "streaming", "shifts.weather"],
+        "rl.procgen_games",
+        *["items", "blueprint", "rl.policy_jobs"],
     ],
-    ["topology", "structured", "envs"],
+    ["topology", "structured", "rl.envs"],
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
         *["models.densenet", "models.impala"],
     ],
-    ["models", "imagefolders", "corruptions"],
+    ["models", "imagefolders", "shifts.corruptions"],
     [
         *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
         "batched",
     ],
-    ["storage", "trust_region", "outsiders", "ppo", "policies", "pretrained"],
+    ["storage", "trust_region", "shifts.outsiders", "rl.ppo", "rl.policies", "pretrained"],
     ["exporting"],
     ["ensembles"],
     ["regressor"],
-    ["checkpoints", "shifted", "films"],
+    ["checkpoints", "shifts.shifted", "rl.films"],
     ["stored"],
     ["baselines.method", "baselines.fitting", "baselines.exploring"],
     [
@@ -51,20 +54,20 @@ FLOORS = [
     ["baselines.mimo", "baselines.free_tickets", "baselines.swag"],
     ["baselines"],
     ["population", "summary", "groups", "networks"],
-    ["config", "pools", "methods", "policy_worker", "policy_summary", "regression_scores"],
+    ["config", "pools", "methods", "rl.policy_worker", "rl.policy_summary", "regression_scores"],
     ["configfile"],
-    ["members", "policyfile"],
+    ["members", "rl.policyfile"],
     ["cascade", "students"],
-    ["driver", "placement", "sweepfile", "benchmarkfile", "bench"],
-    ["plan", "trials", "cells", "policy_run"],
-    ["benchmark", "policy_members", "policy_cells", "policy_sweepfile"],
-    ["plan_table", "sweep"],
-    ["table", "figures", "evaluation", "events", "progress", "dashboard", "benchmarkframe"],
-    ["benchmarkcolumns", "benchmarkfigures", "policy_figures", "policy_table"],
-    ["benchmarkverdict", "policy_report", "policy_sweep"],
-    ["report", "sweepreport", "sweeptable", "benchmarktable"],
-    ["benchmarkreport"],
-    ["sweepmonitor"],
+    ["driver", "placement", "sweeps.sweepfile", "benchmark.benchmarkfile", "benchmark.bench"],
+    ["plan", "sweeps.trials", "benchmark.cells", "rl.policy_run"],
+    ["benchmark.run", "rl.policy_members", "rl.policy_cells", "rl.policy_sweepfile"],
+    ["plan_table", "sweeps.sweep"],
+    ["table", "figures", "evaluation", "events", "progress", "sweeps.dashboard", "benchmark.frame"],
+    ["benchmark.columns", "benchmark.figures", "rl.policy_figures", "rl.policy_table"],
+    ["benchmark.verdict", "rl.policy_report", "rl.policy_sweep"],
+    ["report", "sweeps.sweepreport", "sweeps.sweeptable", "benchmark.table"],
+    ["benchmark.report"],
+    ["sweeps.sweepmonitor"],
     [
         "distributed",
         "distributed.cluster",
@@ -79,15 +82,15 @@ FLOORS = [
     ["distributed.run", "distributed.sweepgauges", "distributed.benchmarks", "distributed.serving"],
     ["distributed.policies"],
     ["distributed.sweeps"],
-    ["distilling", "api", "commands_benchmark", "commands_policy", "commands_serve"],
-    ["commands_sweep", "commands_report"],
-    ["commands_keep"],
+    ["distilling", "api", "commands.benchmark", "commands.policy", "commands.serve"],
+    ["commands.sweep", "commands.report"],
+    ["commands.keep"],
     ["launch"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-READERS = {"datasets", "imagefolders", "corruptions"}
-GROUND_FLOOR = [name for names in FLOORS[2:10] for name in names if name not in READERS]
-GROUND_FLOOR += ["ensembles", "trust_region", "ppo", "policies"]
+READERS = {"datasets", "imagefolders", "shifts.corruptions"}
+GROUND_FLOOR = [name for names in FLOORS[3:11] for name in names if name not in READERS]
+GROUND_FLOOR += ["ensembles", "trust_region", "rl.ppo", "rl.policies"]
 
 
 def modules() -> dict[str, Path]:
@@ -118,6 +121,17 @@ def test_every_module_has_a_floor() -> None:
     assert set(modules()) == set(FLOOR)
 
 
+def test_what_is_installed_is_all_of_it() -> None:
+    """A package that is missing here is missing only where nobody develops."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    found = {
+        ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for top in (PACKAGE, PACKAGE.parent / "analysis")
+        for path in top.rglob("__init__.py")
+    }
+    assert set(settings["tool"]["setuptools"]["packages"]) == found | {"ray_subnets.configs"}
+
+
 @pytest.mark.parametrize("name", sorted(FLOOR))
 def test_imports_go_down(name: str) -> None:
     ours = {
@@ -140,7 +154,7 @@ def test_the_ground_floor_opens_no_files(name: str) -> None:
     """No paths, clocks, sockets or configuration under the loops (three take times)."""
     allowed = {
         "supervised": {"time"},
-        "ppo": {"time"},
+        "rl.ppo": {"time"},
         "ensembles": {"time"},
         "environment": {"pathlib", "subprocess", "datetime"},
     }

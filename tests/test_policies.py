@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ray_subnets import masks, policies, spawning
+from ray_subnets import masks, spawning
 from ray_subnets.models import actor_critic
-from ray_subnets.policies import Played
-from ray_subnets.policy_recipes import Env
+from ray_subnets.rl import policies
+from ray_subnets.rl.policies import Played
+from ray_subnets.rl.policy_recipes import Env
 
 if find_spec("gymnasium"):
     import played  # noqa: F401 (registers its environments)

@@ -11,10 +11,10 @@ pytest.importorskip("gymnasium")
 
 from test_policy_run import curve_of, plain, run_policy
 
-from ray_subnets import policy_run, policyfile
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.distributed import cluster
 from ray_subnets.distributed import policies as on_ray
+from ray_subnets.rl import policy_run, policyfile
 
 CART = """
 name: cart

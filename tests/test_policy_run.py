@@ -14,7 +14,10 @@ from conftest import Command
 from tiny import equal, numbers
 
 import ray_subnets
-from ray_subnets import (
+from ray_subnets.checkpoints import RunFolder
+from ray_subnets.pools import SerialPool
+from ray_subnets.recipes import Epoch, Result
+from ray_subnets.rl import (
     policies,
     policy_report,
     policy_run,
@@ -22,14 +25,11 @@ from ray_subnets import (
     policy_worker,
     policyfile,
 )
-from ray_subnets.checkpoints import RunFolder
-from ray_subnets.policies import Played
-from ray_subnets.policy_jobs import Member, Player, split
-from ray_subnets.policy_recipes import Env
-from ray_subnets.policy_worker import PolicyWorker
-from ray_subnets.policyfile import PolicyConfig
-from ray_subnets.pools import SerialPool
-from ray_subnets.recipes import Epoch, Result
+from ray_subnets.rl.policies import Played
+from ray_subnets.rl.policy_jobs import Member, Player, split
+from ray_subnets.rl.policy_recipes import Env
+from ray_subnets.rl.policy_worker import PolicyWorker
+from ray_subnets.rl.policyfile import PolicyConfig
 
 if find_spec("gymnasium"):
     import played  # noqa: F401 (registers its environments)

@@ -9,12 +9,12 @@ import pytest
 from test_policy_run import PICTURE
 
 import ray_subnets
-from ray_subnets import policy_report, policy_sweep, policy_sweepfile
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.policy_cells import PolicyCellWorker
-from ray_subnets.policy_sweepfile import PolicySweep
 from ray_subnets.pools import SerialPool
 from ray_subnets.recipes import Result
+from ray_subnets.rl import policy_report, policy_sweep, policy_sweepfile
+from ray_subnets.rl.policy_cells import PolicyCellWorker
+from ray_subnets.rl.policy_sweepfile import PolicySweep
 
 SWEEP = (
     PICTURE

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from ray_subnets import policies, ppo, spawning
-from ray_subnets.envs import Environments
+from ray_subnets import spawning
 from ray_subnets.models import actor_critic
-from ray_subnets.policy_recipes import PPO, Env, Iteration
 from ray_subnets.recipes import ChildSpec, Training
+from ray_subnets.rl import policies, ppo
+from ray_subnets.rl.envs import Environments
+from ray_subnets.rl.policy_recipes import PPO, Env, Iteration
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_subnets import Split, corruptions
+from ray_subnets import Split
+from ray_subnets.shifts import corruptions
 
 
 def write_published(folder: Path, name: str = "fog") -> None:

@@ -11,8 +11,11 @@ import torch
 from conftest import Command
 
 import ray_subnets
-from ray_subnets import benchmarkfile, configfile, models, policy_sweepfile, policyfile, sweepfile
+from ray_subnets import configfile, models
+from ray_subnets.benchmark import benchmarkfile
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.rl import policy_sweepfile, policyfile
+from ray_subnets.sweeps import sweepfile
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +41,8 @@ def test_the_map_names_every_module() -> None:
     map_ = block("ray_subnets/")
     for path in (ROOT / "ray_subnets").glob("*.py"):
         assert path.name in map_ or path.name == "__init__.py", path.name
+    for path in (ROOT / "ray_subnets").glob("*/__init__.py"):
+        assert f"  {path.parent.name}/" in map_, path.parent
     for name in re.findall(r"\b(\w+\.py)\b", map_):
         assert list((ROOT / "ray_subnets").rglob(name)), name
 

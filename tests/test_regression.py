@@ -345,7 +345,7 @@ def test_what_is_for_classifiers(gaussian: Regressor, tmp_path: Path) -> None:
     make(net(2), "gaussian", method=rs.Noisy(sigma=0.1), children=2, folder=tmp_path / "run")
     with pytest.raises(ValueError, match=f"^report: {only}"):
         report.write(RunFolder(tmp_path / "run"))
-    from ray_subnets import commands_serve
+    from ray_subnets.commands import serve as commands_serve
     from ray_subnets.distributed.serving import What
 
     with pytest.raises(ValueError, match=f"^serve: {only}"):

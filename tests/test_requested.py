@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_subnets.requested import Array, Refused, Terms, read, written
-from ray_subnets.webapp import App, Busy
+from ray_subnets.serving.requested import Array, Refused, Terms, read, written
+from ray_subnets.serving.webapp import App, Busy
 
 TERMS = Terms((1, 2, 3), images=True, max_bytes=5000, max_samples=4)
 FLOATS = Terms((3,), images=False, max_bytes=5000, max_samples=4)

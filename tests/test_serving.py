@@ -89,7 +89,7 @@ def test_a_network_that_the_folder_cannot_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--model` names a function that does, and replicas get the network without its weights."""
-    from ray_subnets.commands_serve import _blueprint
+    from ray_subnets.commands.serve import _blueprint
     from ray_subnets.distributed.serving import What
 
     (tmp_path / "served_nets.py").write_text(

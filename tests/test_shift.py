@@ -14,8 +14,9 @@ from test_mnist import write_idx
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from ray_subnets import Data, Preprocess, Split, datasets, metrics, shift
-from ray_subnets.outsiders import ood_split
+from ray_subnets import Data, Preprocess, Split, datasets, metrics
+from ray_subnets.shifts import shift
+from ray_subnets.shifts.outsiders import ood_split
 
 
 def scores(seed: int, levels: int | None) -> tuple[Tensor, Tensor]:

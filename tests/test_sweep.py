@@ -14,11 +14,12 @@ from conftest import Command
 from test_errors import must_say, the_line
 from tiny import run_serial
 
-from ray_subnets import driver, metrics, sweep, sweepfile, sweeptable, trials
+from ray_subnets import driver, metrics
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.sweepfile import Sweep, cell_id, parent_job
-from ray_subnets.sweepmonitor import Monitor, run_here
-from ray_subnets.trials import Evaluator
+from ray_subnets.sweeps import sweep, sweepfile, sweeptable, trials
+from ray_subnets.sweeps.sweepfile import Sweep, cell_id, parent_job
+from ray_subnets.sweeps.sweepmonitor import Monitor, run_here
+from ray_subnets.sweeps.trials import Evaluator
 
 TINY = """
 name: tiny_sweep

@@ -19,7 +19,7 @@ from test_sweep import FAILING, NOISE, TINY, numbers, parse, swept
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Named
 from ray_subnets.distributed import cluster, sweepgauges, sweeps
-from ray_subnets.sweepmonitor import Monitor
+from ray_subnets.sweeps.sweepmonitor import Monitor
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from ray_subnets.policy_recipes import PPO
+from ray_subnets.rl.policy_recipes import PPO
 
 
 class Games(VectorEnv[Any, Any, Any]):  # type: ignore[misc]

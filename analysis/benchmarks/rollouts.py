@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from analysis.benchmarks.rounds import Measure, Ratios, medians
-from ray_subnets import ppo
-from ray_subnets.envs import Environments
 from ray_subnets.models import actor_critic
-from ray_subnets.policy_recipes import PPO, Env
-from ray_subnets.simulators import Simulator
+from ray_subnets.rl import ppo
+from ray_subnets.rl.envs import Environments
+from ray_subnets.rl.policy_recipes import PPO, Env
+from ray_subnets.rl.simulators import Simulator
 
 ROUNDS = 7
 

@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_subnets import sweepfile
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.distributed import cluster, sweeps
-from ray_subnets.sweepmonitor import Monitor, run_here
-from ray_subnets.trials import Evaluator
+from ray_subnets.sweeps import sweepfile
+from ray_subnets.sweeps.sweepmonitor import Monitor, run_here
+from ray_subnets.sweeps.trials import Evaluator
 
 BASE = """
 name: bench

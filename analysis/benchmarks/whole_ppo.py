@@ -18,12 +18,12 @@ import torch
 from analysis.benchmarks import plain_ppo
 from analysis.benchmarks.rollouts import policy_alone, simulator_alone
 from analysis.benchmarks.rounds import Measure, Ratios, medians
-from ray_subnets import ppo
-from ray_subnets.envs import Environments
 from ray_subnets.memory import keep_freed
 from ray_subnets.models import actor_critic
 from ray_subnets.models.actor_critic import ActorCritic
-from ray_subnets.policy_recipes import PPO, Env
+from ray_subnets.rl import ppo
+from ray_subnets.rl.envs import Environments
+from ray_subnets.rl.policy_recipes import PPO, Env
 
 CHANNELS = (8, 16, 16)  # of IMPALA: a network that two cores can train
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ray_subnets.benchmark import MakePool
-from ray_subnets.cells import CellWorker
+from ray_subnets.benchmark.cells import CellWorker
+from ray_subnets.benchmark.run import MakePool
 from ray_subnets.config import ResourcesSection
 from ray_subnets.data import Data
 from ray_subnets.distributed.pool import RayPool

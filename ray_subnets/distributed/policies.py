@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ray_subnets import policy_run, policy_sweep
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Data
 from ray_subnets.distributed.instruments import Instruments
 from ray_subnets.distributed.pool import RayPool
-from ray_subnets.policy_cells import PolicyCellWorker
-from ray_subnets.policy_sweepfile import PolicySweep
-from ray_subnets.policy_worker import PolicyWorker
-from ray_subnets.policyfile import PolicyConfig
 from ray_subnets.population import Report
 from ray_subnets.recipes import Result, Status
+from ray_subnets.rl import policy_run, policy_sweep
+from ray_subnets.rl.policy_cells import PolicyCellWorker
+from ray_subnets.rl.policy_sweepfile import PolicySweep
+from ray_subnets.rl.policy_worker import PolicyWorker
+from ray_subnets.rl.policyfile import PolicyConfig
 
 
 def run(

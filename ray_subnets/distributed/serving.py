@@ -33,8 +33,8 @@ from ray_subnets.blueprint import Blueprint
 from ray_subnets.cascade import Cascade, load_cascade
 from ray_subnets.distributed import devices
 from ray_subnets.ensembles import Ensemble
-from ray_subnets.requested import Array
-from ray_subnets.webapp import Busy
+from ray_subnets.serving.requested import Array
+from ray_subnets.serving.webapp import Busy
 
 APP = "ray-subnets"
 _TRIES = 5  # of a request whose replica dies each time

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from ray_subnets.sweep import averaged
+from ray_subnets.sweeps.sweep import averaged
 
 STATUSES = ("waiting", "running", "done", "stopped", "failed")
 TRIALS = "ray_subnets_sweep_trials"

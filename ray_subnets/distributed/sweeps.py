@@ -33,10 +33,10 @@ from ray_subnets.distributed.visible import check_mark, leave_mark, take_mark
 from ray_subnets.memory import keep_freed
 from ray_subnets.recipes import Fit, Result
 from ray_subnets.stored import stored_result
-from ray_subnets.sweep import averaged, objective
-from ray_subnets.sweepfile import Range, Sweep, cell_id, parent_job
-from ray_subnets.sweepmonitor import Monitor
-from ray_subnets.trials import Evaluator, data_key
+from ray_subnets.sweeps.sweep import averaged, objective
+from ray_subnets.sweeps.sweepfile import Range, Sweep, cell_id, parent_job
+from ray_subnets.sweeps.sweepmonitor import Monitor
+from ray_subnets.sweeps.trials import Evaluator, data_key
 
 FAILED = -1e3  # the objective of settings that do not work
 ALIASES = {"asha": "async_hyperband"}

@@ -1,0 +1,1 @@
+"""What `launch.py` offers, a file for each kind of command, and the options that they share."""

@@ -1,0 +1,1 @@
+"""Policies: environments, PPO, ensembles of a policy, their runs and sweeps."""

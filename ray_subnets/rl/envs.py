@@ -1,0 +1,242 @@
+"""Environments for a policy to learn in: levels, stacked frames, rewards in proportion.
+
+    envs = Environments(Env(id="procgen/coinrun", num_levels=200), seed=0, gamma=0.999)
+    observations, _ = envs.reset()
+    observations, rewards, terminated, truncated, infos = envs.step(actions)
+
+in the manner of `gymnasium.vector` with its resets in the same step. Legend: E environments,
+k stacked frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_subnets.rl.policy_recipes import Env
+from ray_subnets.rl.procgen_games import RANGES, ProcgenSimulator
+from ray_subnets.rl.simulators import (
+    LAST_LEVEL,
+    Array,
+    GymnasiumSimulator,
+    Levels,
+    Simulator,
+)
+
+Say = Callable[[str], None]
+PROCGEN = "procgen/"
+
+
+def unseen(env: Env) -> Env:
+    """The same on all the levels above those of `env`: none of them was trained on.
+
+    Raises:
+        ValueError: `env` plays all levels.
+    """
+    start = env.start_level + env.num_levels
+    if not env.num_levels or start >= LAST_LEVEL:
+        raise ValueError("env.num_levels: with all levels in training none is unseen; use 200")
+    return replace(env, start_level=start, num_levels=LAST_LEVEL - start)
+
+
+def simulator(env: Env, seed: int) -> Simulator:
+    """What plays `env`.
+
+    Raises:
+        ValueError: it cannot be played: one line that names the setting.
+    """
+    for name, least in (("num_envs", 1), ("frame_stack", 1), ("start_level", 0), ("num_levels", 0)):
+        if getattr(env, name) < least:
+            raise ValueError(f"env.{name}: must be at least {least}, not {getattr(env, name)}")
+    if env.num_levels and env.start_level + env.num_levels > LAST_LEVEL:
+        raise ValueError(f"env.start_level: levels end at {LAST_LEVEL}")
+    if env.start_level and not env.num_levels:
+        raise ValueError("env.start_level: give num_levels too; without it all levels are played")
+    levels = Levels(env.start_level, env.num_levels)
+    if env.id.startswith(PROCGEN):
+        return ProcgenSimulator(
+            env.id.removeprefix(PROCGEN),
+            *(env.num_envs, levels, seed, env.options),
+            distribution_mode=env.distribution_mode,
+            threads=env.threads,
+        )
+    return GymnasiumSimulator(env.id, env.num_envs, levels, seed, env.options)
+
+
+def reward_range(env: Env) -> tuple[float, float] | None:
+    """The returns that count as 0 and as 1, where someone has published them: for ProcGen."""
+    if not env.id.startswith(PROCGEN):
+        return None
+    return RANGES.get(env.distribution_mode, {}).get(env.id.removeprefix(PROCGEN))
+
+
+class RunningReturn:
+    """Divides rewards by the standard deviation of the discounted return so far.
+
+    The return of each environment, `R = gamma R + r`, joins a running variance at every step; the
+    mean is not subtracted, and the result is clipped to ±10 (openai/baselines, `VecNormalize`;
+    Engstrom et al. 2020, "Implementation matters", section 3).
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        self.gamma = gamma
+        self.returns = np.zeros(num_envs)
+        self.mean, self.variance, self.count = 0.0, 1.0, 1e-4
+
+    def __call__(self, rewards: Array, ended: Array) -> Array:
+        """`(E,)` rewards and which episodes ended with them -> `(E,)`."""
+        self.returns = self.returns * self.gamma + rewards
+        n = len(rewards)
+        mean = float(self.returns.sum()) / n
+        off = self.returns - mean
+        # Two samples joined (Chan, Golub and LeVeque 1979).
+        delta, total = mean - self.mean, self.count + n
+        squares = self.variance * self.count + float(off @ off)
+        squares += delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.variance, self.count = squares / total, total
+        self.returns[ended] = 0.0
+        scaled: Array = rewards / (self.variance + 1e-8) ** 0.5
+        return np.minimum(np.maximum(scaled, -10.0), 10.0)
+
+    def state(self) -> dict[str, Array]:
+        moments = np.array([self.mean, self.variance, self.count])
+        return {"returns": self.returns.copy(), "moments": moments}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        self.returns = state["returns"].copy()
+        self.mean, self.variance, self.count = state["moments"].tolist()
+
+
+class Environments:
+    """E environments of one kind.
+
+    Args:
+        seed: of the levels, and of what is drawn in them.
+        gamma: discount of the return that rewards are divided by; None: they stay as they are.
+
+    Raises:
+        ValueError: see `simulator`.
+    """
+
+    def __init__(self, env: Env, seed: int, *, gamma: float | None = None) -> None:
+        self.env = env
+        self.simulator = simulator(env, seed)
+        self.num_envs = env.num_envs
+        self.num_actions = self.simulator.num_actions
+        frame = self.simulator.frame_shape
+        self._width = frame[0]
+        self.observation_shape = (frame[0] * env.frame_stack, *frame[1:])
+        """`(k channels, height, width)` uint8 for images, else `(k D,)` float32"""
+        self.normaliser = RunningReturn(env.num_envs, gamma) if gamma is not None else None
+        self.observations: Array | None = None
+        """`(E, *observation_shape)`, what the next actions answer; None before `reset`"""
+        self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
+        self._levels = np.zeros(env.num_envs, np.int64)
+        self._steps = 0
+
+    def reset(self) -> tuple[Array, dict[str, Any]]:
+        """First observations. Once: the order of levels begins anew only with a new object."""
+        assert self.observations is None
+        self.observations = self._stacked(self.simulator.reset())
+        self._levels = self.simulator.levels()
+        return self.observations, {}
+
+    def _stacked(self, first: Array) -> Array:
+        """Stacks of first frames: each is there k times."""
+        return np.concatenate([first] * self.env.frame_stack, 1)
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """`(E,)` actions -> observations, rewards, terminated, truncated, infos.
+
+        Where an episode ended, the observation is the first of the next one. Then infos has
+        `final_obs`, environment -> last observation of an episode that was cut off; and `ended`,
+        `return`, `length`, `level`: for each that ended its environment, sum of rewards as they
+        came, steps, and level.
+
+        Raises:
+            ValueError: a reward is NaN or infinite.
+        """
+        before, infos = self.observations, dict[str, Any]()
+        assert before is not None, "reset first"
+        frames, rewards, terminated, truncated, final = self.simulator.step(actions)
+        self._steps += 1
+        if not math.isfinite(rewards.sum()):
+            worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            raise ValueError(
+                f"env.id: {self.env.id} gave the reward {rewards[worst]} in environment {worst}, "
+                f"step {self._steps}; rewards must be finite"
+            )
+        if self.env.frame_stack == 1:
+            observations = frames
+        else:
+            observations = np.concatenate([before[:, self._width :], frames], 1)
+        self._returns += rewards
+        self._lengths += 1
+        ended = (terminated | truncated).nonzero()[0]
+        if len(ended):
+            infos = {
+                "ended": ended,
+                "return": self._returns[ended],
+                "length": self._lengths[ended],
+                "level": self._levels[ended],
+                "final_obs": {
+                    i: np.concatenate([before[i, self._width :], frame])
+                    for i, frame in final.items()
+                },
+            }
+            observations[ended] = self._stacked(frames[ended])
+            self._returns[ended], self._lengths[ended] = 0.0, 0
+            self._levels = self.simulator.levels()
+        if self.normaliser is not None:
+            rewards = self.normaliser(rewards, ended)
+        self.observations = observations
+        return observations, rewards, terminated, truncated, infos
+
+    def state(self) -> dict[str, Tensor]:
+        """All that decides what comes next, as tensors."""
+        assert self.observations is not None
+        arrays = {f"simulator.{k}": v for k, v in self.simulator.state().items()}
+        if self.normaliser is not None:
+            arrays |= {f"normaliser.{k}": v for k, v in self.normaliser.state().items()}
+        arrays |= {"observations": self.observations, "return": self._returns}
+        arrays |= {"length": self._lengths, "steps": np.array(self._steps)}
+        return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+    def restore(self, state: Mapping[str, Tensor], say: Say = lambda line: None) -> None:
+        """Go on from `state`.
+
+        Args:
+            say: called with one line if episodes could not be brought back and began anew.
+        """
+        arrays = {name: np.array(tensor) for name, tensor in state.items()}
+
+        def of(part: str) -> dict[str, Array]:
+            part += "."
+            return {k.removeprefix(part): v for k, v in arrays.items() if k.startswith(part)}
+
+        frames, lost = self.simulator.restore(of("simulator"))
+        if self.normaliser is not None:
+            self.normaliser.restore(of("normaliser"))
+        self.observations = arrays["observations"]
+        self._returns, self._lengths = arrays["return"], arrays["length"]
+        self._steps = int(arrays["steps"])
+        self._levels = self.simulator.levels()
+        if lost:
+            say(
+                f"env.id: {self.env.id} does not repeat itself from a seed; {len(lost)} of "
+                f"{self.num_envs} episodes begin anew"
+            )
+            self.observations[lost] = self._stacked(frames[lost])
+            self._returns[lost], self._lengths[lost] = 0.0, 0
+            if self.normaliser is not None:
+                self.normaliser.returns[lost] = 0.0
+
+    def close(self) -> None:
+        self.simulator.close()

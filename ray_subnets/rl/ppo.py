@@ -1,0 +1,400 @@
+"""Train a policy by proximal policy optimisation, in one process on one device.
+
+The loop is a generator like `supervised.train`: collect a rollout, estimate advantages, update,
+yield. All randomness of an iteration follows from (seed, iteration), so a policy whose weights,
+optimizer and environments were saved goes on exactly as if it had not stopped.
+
+Sources: [PPO] Schulman et al. 2017; [GAE] Schulman et al. 2016; [37] Huang et al. 2022, "The 37
+implementation details of PPO", numbered as there. Legend: T steps of a rollout, E environments,
+A actions, B = T E samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ray_subnets import supervised
+from ray_subnets.recipes import derive
+from ray_subnets.rl.envs import Environments
+from ray_subnets.rl.policy_recipes import PPO, Iteration
+from ray_subnets.supervised import Diverged
+from ray_subnets.topology import Topology
+
+# --- the algorithm, as functions of tensors -----------------------------------------------------
+
+
+def gae(
+    rewards: Tensor, values: Tensor, ended: Tensor, last: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantages [GAE, eq. 16] and the returns that the critic learns [37, 5].
+
+        delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lambda A_t+1
+
+    where nothing follows the end of an episode.
+
+    Args:
+        rewards, values: `(T, E)`.
+        ended: `(T, E)` bool: the episode ended with this step.
+        last: `(E,)` value of the state after the last step.
+
+    Returns:
+        Advantages and advantages + values, `(T, E)` each.
+    """
+    advantages = torch.empty_like(rewards)
+    goes_on = 1.0 - ended.to(rewards.dtype)
+    following, advantage = last, torch.zeros_like(last)
+    for t in range(len(rewards) - 1, -1, -1):
+        delta = rewards[t] + gamma * following * goes_on[t] - values[t]
+        advantage = delta + gamma * lam * goes_on[t] * advantage
+        advantages[t] = advantage
+        following = values[t]
+    return advantages, advantages + values
+
+
+def normalized(advantages: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 in a minibatch [37, 7]."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+class Losses(NamedTuple):
+    """Scalars of a minibatch; the last three are not trained on."""
+
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+def losses(
+    logits: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    *,
+    clip: float,
+) -> Losses:
+    """The clipped surrogate [PPO, eq. 7] and the clipped value loss [37, 9], to be made small.
+
+    The divergence is estimated by `mean(r - 1 - log r)`, unbiased and never negative (Schulman
+    2020, "Approximating KL divergence"; [37, 12]).
+
+    Args:
+        logits: `(n, A)`; all others `(n,)`.
+    """
+    log_probs = logits.log_softmax(1)
+    log_ratio = log_probability(logits, actions) - old_log_probs
+    ratio = log_ratio.exp()
+    surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    value = 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
+    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipped = ((ratio - 1).abs() > clip).float().mean()
+    return Losses(-surrogate.mean(), value, entropy, approx_kl, clipped)
+
+
+# --- collecting ---------------------------------------------------------------------------------
+
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""observations `(N, *shape)` -> logits `(N, A)`, values `(N,)`, float32"""
+
+
+class Rollout(NamedTuple):
+    """On the device, `(T, E, ...)`."""
+
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    rewards: Tensor
+    ended: Tensor
+    last: Tensor  # (E,): value of what came after
+
+
+@dataclass
+class Episodes:
+    """Those that ended in a rollout."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+
+def act(forward: Forward, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample from the policy: `argmax(logits + g)` with Gumbel noise `g` has its distribution.
+
+    Args:
+        noise: `(N, A)`.
+
+    Returns:
+        Actions `(N,)`, logits `(N, A)`, values `(N,)`.
+    """
+    logits, values = forward(observations)
+    return (logits + noise).argmax(1), logits, values
+
+
+def log_probability(logits: Tensor, actions: Tensor) -> Tensor:
+    """Of the actions that were taken: `(..., A)`, `(...)` -> `(...)`."""
+    return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+@torch.no_grad()
+def collect(
+    forward: Forward,
+    envs: Environments,
+    settings: PPO,
+    generator: torch.Generator,
+    episodes: Episodes,
+) -> Rollout:
+    """Act for T steps from where `envs` stands.
+
+    An episode that a time limit cut off did not end for the critic: the discounted value of its
+    last state joins the reward (Pardo et al. 2018, "Time limits in reinforcement learning").
+
+    Args:
+        generator: of actions, on the device.
+    """
+    steps, count, device = settings.num_steps, envs.num_envs, generator.device
+    assert envs.observations is not None
+    seen = torch.from_numpy(envs.observations)
+    observations = torch.empty((steps, *seen.shape), dtype=seen.dtype, device=device)
+    actions = torch.empty((steps, count), dtype=torch.int64, device=device)
+    values = torch.empty((steps, count), device=device)
+    logits = torch.empty((steps, count, envs.num_actions), device=device)
+    rewards, ended = np.empty((steps, count)), np.zeros((steps, count), np.bool_)
+    noise = torch.empty_like(logits)  # of the whole rollout at once
+    noise = -noise.exponential_(generator=generator).log_()
+    rows = zip(observations, noise, actions, logits, values, strict=True)
+    for t, (observation, gumbel, *kept) in enumerate(rows):
+        observation.copy_(torch.from_numpy(envs.observations))
+        for place, answer in zip(kept, act(forward, observation, gumbel), strict=True):
+            place.copy_(answer)
+        _, rewards[t], _, _, infos = envs.step(kept[0].cpu().numpy())
+        if infos:
+            ended[t, infos["ended"]] = True
+            episodes.returns += infos["return"].tolist()
+            episodes.lengths += infos["length"].tolist()
+            if cut := infos["final_obs"]:
+                final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
+                rewards[t, list(cut)] += settings.gamma * forward(final)[1].cpu().numpy()
+    last = forward(torch.from_numpy(envs.observations).to(device))[1]
+    return Rollout(
+        *(observations, actions, log_probability(logits, actions), values),
+        rewards=torch.from_numpy(rewards).float().to(device),
+        ended=torch.from_numpy(ended).to(device),
+        last=last,
+    )
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def make_optimizer(model: nn.Module, settings: PPO) -> torch.optim.Optimizer:
+    """Adam with epsilon 1e-5 [37, 3]."""
+    return torch.optim.Adam(model.parameters(), lr=settings.lr, eps=1e-5, foreach=True)
+
+
+def iterations(settings: PPO, num_envs: int) -> int:
+    """Whole rollouts in `total_steps`.
+
+    Raises:
+        ValueError: there is not one, or its minibatches would be too small.
+    """
+    batch = settings.num_steps * num_envs
+    if batch < 2 * settings.num_minibatches:
+        raise ValueError(
+            f"ppo.num_minibatches: {settings.num_minibatches} of {batch} samples "
+            f"({settings.num_steps} steps x {num_envs} environments); two or more for each"
+        )
+    if settings.total_steps < batch:
+        raise ValueError(
+            f"ppo.total_steps: {settings.total_steps} is less than one rollout, {batch} "
+            f"({settings.num_steps} steps x {num_envs} environments)"
+        )
+    return settings.total_steps // batch
+
+
+def train(
+    model: nn.Module,
+    envs: Environments,
+    settings: PPO,
+    optimizer: torch.optim.Optimizer,
+    *,
+    id: str = "policy",
+    seed: int = 0,
+    start_iteration: int = 0,
+    topology: Topology | None = None,
+) -> Iterator[Iteration]:
+    """Train `model` in place from `start_iteration` on, yielding after every rollout learnt from.
+
+    Args:
+        model: an `ActorCritic`; where its parameters are, the rollout is kept.
+        envs: with rewards as they are to be learnt from (`gamma` set to normalise them), and
+            restored where `start_iteration` is not 0.
+        topology: which of the actor's weights act, by their names in the actor; an epoch is an
+            iteration, and a stochastic one draws one mask for rollout and update.
+
+    Raises:
+        ValueError: a reward is not finite; see also `iterations`.
+        Diverged: a loss is not finite.
+    """
+    total = iterations(settings, envs.num_envs)
+    device = next(model.parameters()).device
+    half = torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"
+    )
+    if start_iteration == 0:
+        envs.reset()
+    assert envs.observations is not None, "restore the environments first"
+    model.train()
+    for iteration in range(start_iteration, total):
+        began, episodes = time.perf_counter(), Episodes()
+        lr = settings.lr * (1 - iteration / total if settings.anneal_lr else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if topology:
+            topology.start_epoch(iteration)
+        weights = partial(_weights, topology, iteration, seed, device)
+        with torch.no_grad():
+            acting = weights()
+        generator = torch.Generator(device).manual_seed(derive(seed, "actions", iteration))
+        rollout = collect(_forward(model, half, acting), envs, settings, generator, episodes)
+        collected = time.perf_counter()
+        advantages, returns = gae(
+            *(rollout.rewards, rollout.values, rollout.ended, rollout.last),
+            gamma=settings.gamma,
+            lam=settings.gae_lambda,
+        )
+        residual, spread = (returns - rollout.values).var(), returns.var()
+        # (T, E, ...) -> (B, ...)
+        samples = [
+            tensor.flatten(0, 1)
+            for tensor in (*rollout[:2], rollout.log_probs, rollout.values, advantages, returns)
+        ]
+        shuffle = torch.Generator().manual_seed(derive(seed, "minibatches", iteration))
+        passes, one = 0, None
+        while passes < settings.update_epochs:
+            order = torch.randperm(len(samples[0]), generator=shuffle).to(device)
+            for batch in order.tensor_split(settings.num_minibatches):
+                forward = _forward(model, half, weights())
+                one = _update(model, forward, optimizer, settings, [s[batch] for s in samples])
+                if topology:
+                    topology.after_step()
+            passes += 1
+            assert one is not None
+            kl = float(one.approx_kl)
+            if settings.target_kl is not None and not kl <= settings.target_kl:
+                break
+        assert one is not None
+        numbers = [float(loss) for loss in one]
+        if not all(map(math.isfinite, numbers)):
+            raise Diverged(f"{id}: a loss is not finite in iteration {iteration + 1}; lower its lr")
+        yield Iteration(
+            id=id,
+            iteration=iteration + 1,
+            iterations=total,
+            steps=(iteration + 1) * settings.num_steps * envs.num_envs,
+            returns=tuple(episodes.returns),
+            lengths=tuple(episodes.lengths),
+            policy_loss=numbers[0],
+            value_loss=numbers[1],
+            entropy=numbers[2],
+            approx_kl=numbers[3],
+            clip_fraction=numbers[4],
+            explained_variance=1 - float(residual) / max(float(spread), 1e-12),
+            passes=passes,
+            lr=lr,
+            seconds=time.perf_counter() - began,
+            rollout_seconds=collected - began,
+        )
+
+
+def _weights(
+    topology: Topology | None, iteration: int, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Those of the actor's that act masked in this iteration: by one mask in all of it."""
+    if topology is None:
+        return {}
+    generator = torch.Generator(device).manual_seed(derive(seed, "bernoulli", iteration))
+    seen = topology.weights(float(iteration), generator) or {}
+    return {f"actor.{name}": weight for name, weight in seen.items()}
+
+
+def _forward(model: nn.Module, half: torch.autocast, weights: Mapping[str, Tensor]) -> Forward:
+    """The network with some of its parameters replaced."""
+
+    def forward(observations: Tensor) -> tuple[Tensor, Tensor]:
+        with half:
+            if weights:
+                logits, values = functional_call(model, dict(weights), (observations,))
+            else:
+                logits, values = model(observations)
+        return logits.float(), values.float()
+
+    return forward
+
+
+def _update(
+    model: nn.Module,
+    forward: Forward,
+    optimizer: torch.optim.Optimizer,
+    settings: PPO,
+    minibatch: list[Tensor],
+) -> Losses:
+    """One step of the optimizer."""
+    observations, actions, log_probs, old_values, advantages, returns = minibatch
+    logits, values = forward(observations)
+    one = losses(
+        *(logits, values, actions, log_probs, old_values),
+        *(normalized(advantages), returns),
+        clip=settings.clip_coef,
+    )
+    loss = one.policy + settings.vf_coef * one.value - settings.ent_coef * one.entropy
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    return Losses(*(part.detach() for part in one))
+
+
+# --- exact resume -------------------------------------------------------------------------------
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, envs: Environments
+) -> dict[str, Tensor]:
+    """Weights, optimizer and environments as one flat dict of tensors."""
+    state = supervised.training_state(model, optimizer)
+    return state | {f"envs.{name}": tensor for name, tensor in envs.state().items()}
+
+
+def restore_training_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    envs: Environments,
+    tensors: Mapping[str, Tensor],
+    say: Callable[[str], Any] = lambda line: None,
+) -> None:
+    """Inverse of `training_state`, in place; `envs` are newly made.
+
+    Args:
+        say: called with one line if episodes could not be brought back and began anew.
+    """
+    supervised.restore_training_state(model, optimizer, tensors)
+    envs.restore(
+        {k.removeprefix("envs."): v for k, v in tensors.items() if k.startswith("envs.")}, say
+    )

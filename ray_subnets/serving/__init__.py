@@ -1,0 +1,1 @@
+"""What may be asked over HTTP, and the web side of it."""

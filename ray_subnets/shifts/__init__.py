@@ -1,0 +1,1 @@
+"""Test data that is not as the training data was: corrupted images, other data sets."""

@@ -1,0 +1,31 @@
+"""`sweep.html`: one page, no network. It draws itself from `sweep.json`, which it carries.
+
+While the sweep runs it fetches newer ones, if it came from a server, or loads itself again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from ray_subnets.checkpoints import RunFolder
+from ray_subnets.sweeps.sweep import RECORD
+
+PAGE = "sweep.html"
+
+
+def write(folder: RunFolder) -> Path:
+    """Write `sweep.html` from the folder's `sweep.json`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    record = folder.read_json(RECORD)
+    environment = Environment(
+        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # keys in the file's order
+    page = environment.get_template(PAGE).render(record=record, name=record["name"])
+    folder.write(PAGE, page.encode())
+    return folder.root / PAGE
