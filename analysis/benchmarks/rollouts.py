@@ -4,7 +4,8 @@
 
 The bound is what the two would take one after the other with nothing between them: steps of the
 environments with actions drawn beforehand, and the policy sampling actions for observations at
-hand. The loop does both, and keeps what is needed to learn.
+hand. The loop does both, and keeps what is needed to learn; at the end of a rollout it asks the
+policy once more, for the value of what comes next.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=128, help="of a rollout (default 128)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of IMPALA")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +91,9 @@ def main() -> None:
         env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
         envs = Environments(env, 0, gamma=settings.gamma)
         image = len(envs.observation_shape) == 3
-        name, options = ("impala", {}) if image else ("mlp", {"hidden": [64, 64]})
+        name, options = (
+            ("impala", {"channels": arguments.channels}) if image else ("mlp", {"hidden": [64, 64]})
+        )
         model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, 0)
         model.to(device)
         envs.reset()
