@@ -303,6 +303,10 @@ def main() -> int:
         for scenario in SCENARIOS
         if not words or any(word in scenario.kind.lower() for word in words)
     ]
+    if not scenarios:
+        known = ", ".join(scenario.kind for scenario in SCENARIOS)
+        print(f"chaos: no fault is called {' or '.join(words)}; there are {known}", file=sys.stderr)
+        return 2
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = perform(scenarios, Path(scratch))
