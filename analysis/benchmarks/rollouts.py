@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,16 @@ from ray_subnets.rl.policy_recipes import PPO, Env
 from ray_subnets.rl.simulators import Simulator
 
 ROUNDS = 7
+
+
+def network(
+    envs: Environments, device: torch.device, channels: Sequence[int]
+) -> actor_critic.ActorCritic:
+    """IMPALA with these channels for images, else an MLP."""
+    image = len(envs.observation_shape) == 3
+    name, options = ("impala", {"channels": channels}) if image else ("mlp", {"hidden": [64, 64]})
+    model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, 0)
+    return model.to(device)
 
 
 def simulator_alone(simulator: Simulator, num_envs: int, steps: int) -> Measure:
@@ -90,12 +100,7 @@ def main() -> None:
     for id in arguments.env:
         env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
         envs = Environments(env, 0, gamma=settings.gamma)
-        image = len(envs.observation_shape) == 3
-        name, options = (
-            ("impala", {"channels": arguments.channels}) if image else ("mlp", {"hidden": [64, 64]})
-        )
-        model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, 0)
-        model.to(device)
+        model = network(envs, device, arguments.channels)
         envs.reset()
 
         def forward(

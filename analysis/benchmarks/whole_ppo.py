@@ -16,11 +16,9 @@ import time
 import torch
 
 from analysis.benchmarks import plain_ppo
-from analysis.benchmarks.rollouts import policy_alone, simulator_alone
+from analysis.benchmarks.rollouts import network, policy_alone, simulator_alone
 from analysis.benchmarks.rounds import Measure, Ratios, medians
 from ray_subnets.memory import keep_freed
-from ray_subnets.models import actor_critic
-from ray_subnets.models.actor_critic import ActorCritic
 from ray_subnets.rl import ppo
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_recipes import PPO, Env
@@ -28,17 +26,10 @@ from ray_subnets.rl.policy_recipes import PPO, Env
 CHANNELS = (8, 16, 16)  # of IMPALA: a network that two cores can train
 
 
-def network(envs: Environments, device: torch.device) -> ActorCritic:
-    image = len(envs.observation_shape) == 3
-    name, options = ("impala", {"channels": CHANNELS}) if image else ("mlp", {"hidden": [64, 64]})
-    model = actor_critic.build(name, envs.observation_shape, envs.num_actions, options, 0)
-    return model.to(device)
-
-
 def ours(env: Env, settings: PPO, device: torch.device) -> Measure:
     def measure() -> float:
         envs = Environments(env, 0, gamma=settings.gamma)
-        model = network(envs, device)
+        model = network(envs, device, CHANNELS)
         optimizer = ppo.make_optimizer(model, settings)
         began = time.perf_counter()
         for _ in ppo.train(model, envs, settings, optimizer):
@@ -52,7 +43,7 @@ def ours(env: Env, settings: PPO, device: torch.device) -> Measure:
 
 def plain(env: Env, settings: PPO, device: torch.device) -> Measure:
     def measure() -> float:
-        model = network(Environments(env, 0), device)
+        model = network(Environments(env, 0), device, CHANNELS)
         envs = plain_ppo.make(env.id, env.num_envs, settings.gamma)
         began = time.perf_counter()
         plain_ppo.train(model, envs, settings, device)
@@ -66,7 +57,7 @@ def plain(env: Env, settings: PPO, device: torch.device) -> Measure:
 def learning_alone(env: Env, settings: PPO, device: torch.device) -> Measure:
     """Seconds of the minibatches of one rollout, all of the same samples."""
     envs = Environments(env, 0)
-    model = network(envs, device)
+    model = network(envs, device, CHANNELS)
     optimizer = ppo.make_optimizer(model, settings)
     size = settings.num_steps * env.num_envs // settings.num_minibatches
     first, _ = envs.reset()
@@ -115,7 +106,7 @@ def main() -> None:
             ours(env, settings, device),
             plain(env, settings, device),
             simulator_alone(Environments(env, 1).simulator, env.num_envs, arguments.steps),
-            policy_alone(network(envs, device), envs, arguments.steps, device),
+            policy_alone(network(envs, device, CHANNELS), envs, arguments.steps, device),
             learning_alone(env, settings, device),
             rounds=arguments.rounds,
         )
