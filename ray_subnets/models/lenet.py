@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 
@@ -32,25 +31,12 @@ class LeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, channels, H, W)` -> logits `(N, C)`."""
-        x = _channels_last_on_cpu(x)
         # Pooling first: the same values and gradients, a quarter of the ReLUs.
         x = relu(max_pool2d(self.conv1(x), 2))
         x = relu(max_pool2d(self.conv2(x), 2))
         x = relu(self.fc1(x.flatten(1)))
         x = relu(self.fc2(x))
         return self.classifier(x)
-
-
-@fx.wrap
-def _channels_last_on_cpu(x: Tensor) -> Tensor:
-    """The same images with channels innermost in memory: CPU kernels convolve and pool so faster.
-
-    Not `x.contiguous(memory_format=torch.channels_last)`: `vmap` cannot, and a single channel stays
-    as it was. Wrapped, since a trace cannot know the device.
-    """
-    if not x.is_cpu:
-        return x
-    return x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
 
 def lenet_s(input_shape: Sequence[int], num_classes: int) -> nn.Module:
