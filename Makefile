@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python -m analysis.benchmarks.sweeps
 	$(BIN)/python -m analysis.benchmarks.rollouts
 	$(BIN)/python -m analysis.benchmarks.whole_ppo
+	$(BIN)/python -m analysis.benchmarks.kept_memory
 	$(BIN)/python -m analysis.benchmarks.members
 	$(BIN)/python -m analysis.benchmarks.features
 	$(BIN)/python -m analysis.benchmarks.serving
