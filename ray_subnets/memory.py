@@ -13,9 +13,9 @@ def keep_freed() -> None:
 
     By default it hands an activation's memory back to the system and faults it in again a page at
     a time, zeroed: always where a tensor has over 32 MB, whatever its threshold is set to, so it
-    may not map such a tensor by itself at all. A step of IMPALA on 2,048 frames takes half of
-    the time then. For processes of our own, actors and commands: a caller's allocator is not ours
-    to change. Changes no number; does nothing where there is no glibc.
+    may not map such a tensor by itself at all. `analysis.benchmarks.kept_memory` has what it gains
+    and what it keeps. For processes of our own, actors and commands: a caller's allocator is not
+    ours to change. Changes no number; does nothing where there is no glibc.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
