@@ -9,34 +9,30 @@ back, so each alternative has a process; they take turns.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import resource
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from analysis.benchmarks.rounds import Measure, Ratios, medians, timed
+from analysis.benchmarks.rounds import Measure, Ratios, apart, medians, timed
 from ray_subnets import models
 from ray_subnets.memory import keep_freed
 
 
-def work(turn: Connection, keep: bool, images: int) -> None:
-    """Answers every message with (seconds of a step, most MB that were resident so far)."""
+def step(keep: bool, images: int) -> Callable[[], tuple[float, float]]:
+    """Seconds of a step, and the most MB that were resident so far."""
     if keep:
         keep_freed()
-    torch.set_num_threads(1)
     network = models.build("impala", (6, 64, 64), 15, {"channels": [8, 16, 16]}, seed=0)
     frames = torch.zeros(images, 6, 64, 64)
 
-    def step() -> None:
+    def work() -> None:
         network.zero_grad(set_to_none=True)
         network(frames).square().mean().backward()
 
-    measure = timed(step)
-    while turn.recv():
-        seconds = measure()
-        turn.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    measure = timed(work)
+    return lambda: (measure(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
@@ -44,34 +40,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048, help="frames of a step")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    turns: list[Connection] = []
-    processes: list[Any] = []
-    peak = [0.0, 0.0]
-    for keep in (True, False):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, keep, options.images))
-        process.start()
-        turns.append(mine)
-        processes.append(process)
+    torch.set_num_threads(1)
+    peak = {True: 0.0, False: 0.0}
 
-    def asked(which: int) -> Measure:
+    def measured(keep: bool) -> Measure:
+        ask = apart(partial(step, keep, options.images))
+
         def measure() -> float:
-            turns[which].send(True)
-            seconds, peak[which] = turns[which].recv()
+            seconds, peak[keep] = ask()
             return seconds
 
         return measure
 
-    torch.set_num_threads(1)  # what the table says
-    times = medians(asked(0), asked(1), rounds=options.rounds)
-    for turn, process in zip(turns, processes, strict=True):
-        turn.send(False)
-        process.join()
+    times = medians(measured(True), measured(False), rounds=options.rounds)
     table = Ratios(f"IMPALA, a step on {options.images} frames")
     table.add("keep_freed", "glibc's defaults", times)
     table.show()
-    print(f"most memory: {peak[0]:,.0f} MB, {peak[1]:,.0f} MB")
+    print(f"most memory: {peak[True]:,.0f} MB, {peak[False]:,.0f} MB")
 
 
 if __name__ == "__main__":

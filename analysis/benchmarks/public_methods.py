@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,14 +74,17 @@ class Rows(Dataset[Any]):
         return self.data.preprocess(x).flatten(1), self.data.train.labels[index]
 
 
-def perceptron(dropout: float = 0.0) -> nn.Module:
-    layers: list[nn.Module] = []
-    inputs = 784
-    for width in HIDDEN:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
-        layers += [nn.Dropout(dropout)] if dropout else []
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, 10))
+class Perceptron(nn.Sequential):
+    """torchensemble makes members of a class."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        layers: list[nn.Module] = []
+        inputs = 784
+        for width in HIDDEN:
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+            inputs = width
+        super().__init__(*layers, nn.Linear(inputs, 10))
 
 
 # --- torch-uncertainty: the method is a network; the loop is anybody's --------------------------
@@ -135,7 +140,7 @@ def averaged(model: nn.Module, members: int) -> Ask:
 
 
 def single(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
-    model = perceptron()
+    model = Perceptron()
     loop(model, loader, optimizer, constant)
     return averaged(model, 1)
 
@@ -143,7 +148,7 @@ def single(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
 def mc_dropout(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
     from torch_uncertainty.methods import mc_dropout
 
-    model = mc_dropout(perceptron(0.1), num_estimators=30)
+    model = mc_dropout(Perceptron(0.1), num_estimators=30)
     loop(model, loader, optimizer, constant)
     return averaged(model, 30)
 
@@ -152,7 +157,7 @@ def batch_ensemble(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
     from torch_uncertainty.methods import batch_ensemble
     from torch_uncertainty.transforms import RepeatTarget
 
-    model = batch_ensemble(perceptron(), 4, repeat_training_inputs=True, convert_layers=True)
+    model = batch_ensemble(Perceptron(), 4, repeat_training_inputs=True, convert_layers=True)
     loop(model, loader, optimizer, constant, formatted=RepeatTarget(4))
     return averaged(model, 4)
 
@@ -170,7 +175,7 @@ def swa(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
     from torch_uncertainty.methods import SWA
 
     trunk = EPOCHS * 3 // 4
-    model = SWA(perceptron(), cycle_start=trunk, cycle_length=1)
+    model = SWA(Perceptron(), cycle_start=trunk, cycle_length=1)
     after = model.update_wrapper
     loop(model, loader, optimizer, constant, level_from=trunk, after_epoch=after)
     return averaged(model, 1)
@@ -181,7 +186,7 @@ def swa(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
 
 def prepared(kind: Any, members: int, optimizer: Optimizer) -> Any:
     how = dict(optimizer)
-    ensemble = kind(estimator=perceptron, n_estimators=members, cuda=False)
+    ensemble = kind(estimator=Perceptron, n_estimators=members, cuda=False)
     ensemble.set_optimizer(how.pop("name"), **how)
     return ensemble
 
@@ -220,6 +225,7 @@ def fge(loader: Loader, optimizer: Optimizer, constant: bool) -> Ask:
         log_interval=10**9,
         save_model=False,
     )
+    assert len(ensemble) == 4
     return answers(ensemble)
 
 
@@ -263,7 +269,11 @@ def rows(method: str, data: Data, seeds: int) -> Iterator[str]:
 
     def run(seed: int, optimizer: Optimizer, constant: bool, test: bool) -> tuple[float, float]:
         torch.manual_seed(seed)
-        return measured(fit(Loader(data, seed), optimizer, constant), data, test)
+        loader = Loader(data, seed)
+        with redirect_stdout(StringIO()):  # torchensemble says every epoch
+            answer = fit(loader, optimizer, constant)
+        assert loader.passes <= EPOCHS, "over the budget"
+        return measured(answer, data, test)
 
     def sgd(lr: float) -> Optimizer:
         return {"name": "SGD", "lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

@@ -2,10 +2,11 @@
 
     python -m analysis.benchmarks.rollouts [--env procgen/coinrun] [--num-envs 64]
 
-The bound is what the two would take one after the other with nothing between them: steps of the
-environments with actions drawn beforehand, and the policy sampling actions for observations at
-hand. The loop does both, and keeps what is needed to learn; at the end of a rollout it asks the
-policy once more, for the value of what comes next.
+The bound is what the two take with nothing between them: steps of the environments with actions
+drawn beforehand, and the policy sampling actions for observations at hand; all steps and then all
+answers ("alone"), and one of each in turns, as any loop has to, where each finds the processor's
+caches as the other left them. The loop does both, and keeps what is needed to learn; at the end of
+a rollout it asks the policy once more, for the value of what comes next.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def policy_alone(
     return measure
 
 
+def in_turns(measures: Sequence[Measure], steps: int) -> Measure:
+    """Seconds of one of each, `steps` times."""
+    return lambda: sum(measure() for _ in range(steps) for measure in measures)
+
+
 def loop(
     forward: ppo.Forward, envs: Environments, settings: PPO, device: torch.device
 ) -> Callable[[], float]:
@@ -83,6 +89,36 @@ def loop(
     return measure
 
 
+def compare(env: Env, settings: PPO, channels: Sequence[int], table: Ratios) -> None:
+    """Measure, say and add to the table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    envs = Environments(env, 0, gamma=settings.gamma)
+    model = network(envs, device, channels)
+    envs.reset()
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, values = model(x)
+        return logits, values
+
+    def alone(steps: int) -> tuple[Measure, Measure]:
+        stepping = simulator_alone(Environments(env, 1).simulator, env.num_envs, steps)
+        return stepping, policy_alone(forward, envs, steps, device)
+
+    steps, answers, turns, whole = medians(
+        *alone(settings.num_steps),
+        in_turns(alone(1), settings.num_steps),
+        loop(forward, envs, settings, device),
+        rounds=ROUNDS,
+    )
+    actions = env.num_envs * settings.num_steps
+    print(
+        f"{env.id}: {actions / whole:,.0f} steps/s; environments alone {actions / steps:,.0f}, "
+        f"policy alone {actions / answers:,.0f}"
+    )
+    table.add(f"{env.id}: both alone", "the loop", (steps + answers, whole), ">= 0.90")
+    table.add(f"{env.id}: both in turns", "the loop", (turns, whole), ">= 0.90")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -94,33 +130,10 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of IMPALA")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = PPO(num_steps=arguments.steps)
     table = Ratios(f"Rollouts of {arguments.num_envs} environments x {arguments.steps} steps")
     for id in arguments.env:
         env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
-        envs = Environments(env, 0, gamma=settings.gamma)
-        model = network(envs, device, arguments.channels)
-        envs.reset()
-
-        def forward(
-            x: torch.Tensor, model: actor_critic.ActorCritic = model
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            logits, values = model(x)
-            return logits, values
-
-        stepping = simulator_alone(
-            Environments(env, 1).simulator, arguments.num_envs, arguments.steps
-        )
-        answering = policy_alone(forward, envs, arguments.steps, device)
-        rolling = loop(forward, envs, settings, device)
-        steps, answers, whole = medians(stepping, answering, rolling, rounds=ROUNDS)
-        actions = arguments.num_envs * arguments.steps
-        print(
-            f"{id}: {actions / whole:,.0f} steps/s; environments alone {actions / steps:,.0f}, "
-            f"policy alone {actions / answers:,.0f}"
-        )
-        table.add(f"{id}: both alone", "the loop", (steps + answers, whole), ">= 0.90")
+        compare(env, PPO(num_steps=arguments.steps), arguments.channels, table)
     table.show()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+T = TypeVar("T")
 Measure = Callable[[], float]
 """one measurement, in seconds"""
 
@@ -38,6 +43,39 @@ def medians(*alternatives: Measure, rounds: int) -> list[float]:
         for measure, found in zip(alternatives, times, strict=True):
             found.append(measure())
     return [statistics.median(found) for found in times]
+
+
+def apart(make: Callable[[], Callable[[], T]]) -> Callable[[], T]:
+    """`make()` in a process of its own, for settings that a process cannot take back.
+
+    Args:
+        make: of a module, or a `partial` of one, so that it can be sent.
+
+    Returns:
+        What asks it once more, and waits for the answer.
+    """
+    mine, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_answer, args=(theirs, make, torch.get_num_threads()), daemon=True
+    )
+    process.start()
+    theirs.close()
+
+    def ask() -> T:
+        mine.send(None)
+        answer: T = mine.recv()
+        return answer
+
+    return ask
+
+
+def _answer(asked: Connection, make: Callable[[], Callable[[], T]], threads: int) -> None:
+    torch.set_num_threads(threads)
+    measure = make()
+    with suppress(EOFError):  # nobody will ask again
+        while True:
+            asked.recv()
+            asked.send(measure())
 
 
 class Ratios:
