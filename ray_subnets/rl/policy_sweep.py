@@ -242,12 +242,12 @@ def shown(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str
                         told(trial["values"]),
                         [
                             row["name"],
-                            f"{parent['mean']:.4g}",
-                            f"{row['mean']:.4g}",
+                            f"{parent['mean']:.2f}",
+                            f"{row['mean']:.2f}",
                             f"{scaled['mean']:.3f}" if scaled else "",
-                            f"{off['mean']:+.3g}",
-                            f"[{off['low']:+.3g}, {off['high']:+.3g}]",
-                            f"[{over[0]:+.3g}, {over[1]:+.3g}]" if over else "",
+                            f"{off['mean']:+.2f}",
+                            f"[{off['low']:+.2f}, {off['high']:+.2f}]",
+                            f"[{over[0]:+.2f}, {over[1]:+.2f}]" if over else "",
                             f"{off['better']}/{off['worse']}",
                         ],
                     )

@@ -40,13 +40,13 @@ def cells(player: Mapping[str, Any]) -> tuple[str, ...]:
     scaled, off = player["normalised"], player["difference"]
     return (
         str(player["members"]) if player["members"] else "",
-        f"{player['mean']:.4g}",
-        f"[{player['low']:.4g}, {player['high']:.4g}]",
+        f"{player['mean']:.2f}",
+        f"[{player['low']:.2f}, {player['high']:.2f}]",
         *((f"{scaled['mean']:.3f}",) if scaled else ()),
         *(
             (
-                f"{off['mean']:+.3g}",
-                f"[{off['low']:+.3g}, {off['high']:+.3g}]",
+                f"{off['mean']:+.2f}",
+                f"[{off['low']:+.2f}, {off['high']:+.2f}]",
                 f"{off['better']}/{off['worse']}",
             )
             if off
