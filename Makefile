@@ -3,8 +3,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+RL_VENV ?= .venv-rl
 
-.PHONY: setup demo test test-gpu test-cluster test-slow chaos check bench docs fashion study map cheaper clean
+.PHONY: setup demo rl test test-rl test-gpu test-cluster test-slow chaos check bench docs fashion study map cheaper clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,23 @@ demo: setup
 # Files side by side, on as many cores as there are, up to four: a worker may start a Ray of its own.
 test: setup
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+# ProcGen holds numpy and others to old versions, so it has an environment of its own; commands are
+# .venv-rl/bin/ray-subnets then.
+rl: $(RL_VENV)/.ready
+
+$(RL_VENV)/.ready: requirements.txt pyproject.toml $(VENV)/.ready
+	test -x $(RL_VENV)/bin/python || $(PYTHON) -m venv $(RL_VENV)
+	grep -E '^(gymnasium|pytest|pytest-xdist|ray|torch|torchvision)==' requirements.txt \
+		> $(RL_VENV)/constraints.txt
+	$(BIN)/uv pip install --python $(RL_VENV)/bin/python --quiet --compile-bytecode \
+		--constraints $(RL_VENV)/constraints.txt --editable '.[rl]' pytest pytest-xdist
+	touch $@
+
+# Policies with ProcGen's games.
+test-rl: rl
+	$(RL_VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+		tests/test_envs.py tests/test_ppo.py tests/test_policies.py tests/test_policy_run.py
 
 # Needs a GPU.
 test-gpu: setup
@@ -105,4 +123,4 @@ cheaper: setup
 		--weights 0.1 0.3 0.5 0.7 0.9 --figure analysis/figures/cheaper_inference.png
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(RL_VENV) build *.egg-info

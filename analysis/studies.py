@@ -230,9 +230,10 @@ def main() -> int:
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        rows = -(-len(panels) // 3)
-        figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
-        grid = np.atleast_1d(figure.subplots(rows, 3)).ravel()
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
+        grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
         for axes, draw in zip(grid, panels, strict=False):
             draw(axes, arguments.root)
             axes.title.set_fontsize(9)

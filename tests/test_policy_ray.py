@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import equal
 
@@ -43,3 +47,40 @@ def test_serial_and_ray_are_bitwise_equal(tmp_path: Path) -> None:
         assert equal(serial.load_tensors(name), there.load_tensors(name))
     for id in ("parent", "sparse-000", "sparse-001"):
         assert curve_of(serial, id) == curve_of(there, id)
+
+
+@pytest.mark.cluster
+def test_killed_with_all_its_processes_it_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL to driver, Ray and actors while the parent learns, twice; each time one command."""
+    settings = ["ppo.total_steps=600000", "evaluate.episodes=10", "evaluate.film=0"]
+
+    def command(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "ray_subnets.launch", *words])
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return command("run", "cartpole_noisy", *settings, "--out", str(tmp_path / name))
+
+    def kill(driver: subprocess.Popen[bytes]) -> float:
+        """Once there is a new checkpoint, whose time of writing is returned."""
+        checkpoint = tmp_path / "killed/checkpoints/parent.safetensors"
+        before = checkpoint.stat().st_mtime if checkpoint.exists() else 0.0
+        while not checkpoint.exists() or checkpoint.stat().st_mtime == before:
+            assert driver.poll() is None, "it ended before a checkpoint was written"
+            time.sleep(0.1)
+        mine = psutil.Process(driver.pid)
+        for process in [mine, *mine.children(recursive=True)]:
+            process.kill()
+        driver.wait()
+        return checkpoint.stat().st_mtime
+
+    assert start("whole").wait() == 0
+    first = kill(start("killed"))
+    resume = ("resume", str(tmp_path / "killed"))
+    assert kill(command(*resume)) > first
+    assert command(*resume).wait() == 0
+    whole, killed = (RunFolder.open(tmp_path / name) for name in ("whole", "killed"))
+    assert plain(killed.read_json("result.json")) == plain(whole.read_json("result.json"))
+    for id in ("parent", "sparse-000", "sparse-001", "stochastic-000", "stochastic-001"):
+        assert curve_of(killed, id) == curve_of(whole, id)
+        name = "parent.safetensors" if id == "parent" else f"children/{id}.safetensors"
+        assert equal(killed.load_tensors(name), whole.load_tensors(name))

@@ -6,7 +6,8 @@ The bound is what the two take with nothing between them: steps of the environme
 drawn beforehand, and the policy sampling actions for observations at hand; all steps and then all
 answers ("alone"), and one of each in turns, as any loop has to, where each finds the processor's
 caches as the other left them. The loop does both, and keeps what is needed to learn; at the end of
-a rollout it asks the policy once more, for the value of what comes next.
+a rollout it asks the policy once more, for the value of what comes next. All of them keep the memory
+that torch frees, as our commands do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from analysis.benchmarks.rounds import Measure, Ratios, medians
+from ray_subnets.memory import keep_freed
 from ray_subnets.models import actor_critic
 from ray_subnets.rl import ppo
 from ray_subnets.rl.envs import Environments
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of IMPALA")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed()
     table = Ratios(f"Rollouts of {arguments.num_envs} environments x {arguments.steps} steps")
     for id in arguments.env:
         env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
