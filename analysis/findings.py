@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ray_subnets import figures
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.memory import keep_freed
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def parser(description: str, *, several: bool = True) -> argparse.ArgumentParser
 
 def main(name: str, find: Callable[[], Findings], arguments: argparse.Namespace) -> int:
     """Do it, print and write what was found. The user's mistakes are one line and exit code 2."""
+    keep_freed()
     try:
         found = find()
         where = place(arguments.out, arguments.runs)
