@@ -215,7 +215,8 @@ def _bars(figure: Figure, frame: pd.DataFrame) -> None:
         axes.set_title(what, fontsize=9)
         axes.set_ylabel("bits that differ")
         axes.grid(alpha=0.25, axis="y")
-    panels[0].legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), fontsize=7)
 
 
 def find(runs: Sequence[Run], plan: Plan | None = None, *, progress: bool = False) -> Findings:

@@ -6,8 +6,8 @@ The bound is what the two take with nothing between them: steps of the environme
 drawn beforehand, and the policy sampling actions for observations at hand; all steps and then all
 answers ("alone"), and one of each in turns, as any loop has to, where each finds the processor's
 caches as the other left them. The loop does both, and keeps what is needed to learn; at the end of
-a rollout it asks the policy once more, for the value of what comes next. All of them keep the memory
-that torch frees, as our commands do.
+a rollout it asks the policy once more, for the value of what comes next. All of them keep the
+memory that torch frees, as our commands do.
 """
 
 from __future__ import annotations

@@ -23,11 +23,15 @@ STEPS = (0.4, 0.8, 0.9)
 FITS = "networks of linear and convolution layers that keep images apart fit, all of ours do"
 
 
+_Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class Shared(nn.Module):
     """A layer whose members see `W * outer(gamma, alpha)` and have biases of their own.
 
     Rows of a batch are those of the first member, then of the second, and so on; where they do not
-    divide, some members have one more.
+    divide, some members have one more. Inputs and outputs are multiplied where they are vectors;
+    where they are maps, each member's kernels are, which are smaller.
 
     Args:
         rate: factor of the gradient of `alpha` and `gamma`.
@@ -60,19 +64,36 @@ class Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         owner = torch.arange(len(x), device=x.device) * self.members // len(x)
 
+        def slow(fast: Tensor) -> Tensor:
+            """The same values; only a part of the gradient passes."""
+            return fast.detach() + self.rate * (fast - fast.detach())
+
+        alpha, gamma = slow(self.alpha), slow(self.gamma)
+        if isinstance(self.layer, _Convolution) and self.layer.groups == 1:
+            return self._convolved(x, owner, alpha, gamma)
+
         def rows(fast: Tensor, like: int) -> Tensor:
             """Each row's own, shaped to be multiplied with a tensor of `like` dimensions."""
             before = like - 2 - self.trailing
             shape = (len(x), *[1] * before, fast.shape[1], *[1] * self.trailing)
             return fast[owner].view(shape)
 
-        def slow(fast: Tensor) -> Tensor:
-            """The same values; only a part of the gradient passes."""
-            return fast.detach() + self.rate * (fast - fast.detach())
-
-        y = self.layer(x * rows(slow(self.alpha), x.dim()))
-        y = y * rows(slow(self.gamma), y.dim())
+        y = self.layer(x * rows(alpha, x.dim()))
+        y = y * rows(gamma, y.dim())
         return y if self.bias is None else y + rows(self.bias, y.dim())
+
+    def _convolved(self, x: Tensor, owner: Tensor, alpha: Tensor, gamma: Tensor) -> Tensor:
+        """A convolution for each member's rows, by its own kernels."""
+        layer = self.layer
+        assert isinstance(layer, _Convolution)
+        sizes = owner.bincount(minlength=self.members).tolist()
+        answers = []
+        for member, part in enumerate(x.split(sizes)):
+            factor = torch.outer(gamma[member], alpha[member])
+            kernels = layer.weight * factor.view(*factor.shape, *[1] * self.trailing)
+            bias = None if self.bias is None else self.bias[member]
+            answers.append(layer._conv_forward(part, kernels, bias))
+        return torch.cat(answers)
 
 
 class Members(nn.Module):
