@@ -195,6 +195,7 @@ def tau(schedule: str) -> Callable[[Axes, str], None]:
         )
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend above the lines
+        axes.legend(loc="upper right")
 
     return draw
 
@@ -227,9 +228,9 @@ def main() -> int:
         return 2
     if "annealing" in found:
         print(annealing_table(arguments.root))
-    with matplotlib.rc_context(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"legend.frameon": False, "legend.fontsize": 7}
+    with matplotlib.rc_context(style):
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
@@ -238,7 +239,8 @@ def main() -> int:
             draw(axes, arguments.root)
             axes.title.set_fontsize(9)
             axes.grid(alpha=0.25)
-            axes.legend(frameon=False, fontsize=7)
+            if axes.get_legend() is None:
+                axes.legend()
         for axes in grid[len(panels) :]:
             axes.remove()
         arguments.figure.parent.mkdir(parents=True, exist_ok=True)
