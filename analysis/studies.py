@@ -228,9 +228,15 @@ def main() -> int:
         return 2
     if "annealing" in found:
         print(annealing_table(arguments.root))
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {"legend.frameon": False, "legend.fontsize": 7}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "legend.fontsize": 7,
+        }
+    ):
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
