@@ -4,7 +4,8 @@ The network, images, flips, budget, batch size, schedule and search of `benchmar
 methods are those of torch-uncertainty (one loop around them, as its own trainer is) and of
 torchensemble (its own loops). Neither is installed with the project:
 
-    .venv/bin/uv pip install --python .venv torch-uncertainty==0.13.0 torchensemble==0.2.0
+    .venv/bin/uv pip install --python FOLDER -r requirements.txt \
+        'torch-uncertainty[cpu]==0.13.0' torchensemble==0.2.0
     python -m analysis.benchmarks.public_methods mc_dropout batch_ensemble ... [--seeds 3]
 """
 
