@@ -1,4 +1,4 @@
-"""Public implementations of the benchmark's methods at its settings, to set beside our rows.
+r"""Public implementations of the benchmark's methods at its settings, to set beside our rows.
 
 The network, images, flips, budget, batch size, schedule and search of `benchmark_fashion_mlp`; the
 methods are those of torch-uncertainty (one loop around them, as its own trainer is) and of
