@@ -1,11 +1,12 @@
 """Two ways of training side by side: the table of a benchmark as Table 5.1 is read.
 
-    python -m analysis.side_by_side runs/benchmark_digits
+    python -m analysis.side_by_side runs/benchmark_digits [ANOTHER...]
     python -m analysis.side_by_side runs/benchmark_x --pair TASK/ROW TASK/ROW
 
 The first prints a row per method: accuracy and NLL in the first column of the benchmark, and the
 other measures too in its last. The second prints one row minus another of any task, paired over
 seeds, as Fig 5.6 compares networks that were grown with ones that were pruned. Both print Markdown.
+Several benchmarks are one table, where rows of one were run apart.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from ray_subnets.checkpoints import RunFolder
 ACCURACY, NLL = ("test_accuracy", 100.0, 2), ("test_nll", 1.0, 3)
 
 
-def read(run: str | Path) -> pd.DataFrame:
+def read(*runs: str | Path) -> pd.DataFrame:
     """One line per cell that was done, see `frame.cells`.
 
     Raises:
-        ValueError: no benchmark, or none of its cells is done; one line.
+        ValueError: no benchmark, none of its cells is done, or two have the same; one line.
     """
-    folder = RunFolder.open(run, needs="benchmark.json")
-    found = cells(folder.read_json("benchmark.json"))
-    done = found[found["status"] == "done"]
-    if done.empty:
-        raise ValueError(f"{run}: no cell of this benchmark is done")
-    return done
+    tables = []
+    for run in runs:
+        found = cells(RunFolder.open(run, needs="benchmark.json").read_json("benchmark.json"))
+        done = found[found["status"] == "done"]
+        if done.empty:
+            raise ValueError(f"{run}: no cell of this benchmark is done")
+        tables.append(done)
+    joined = pd.concat(tables, ignore_index=True)
+    if (twice := joined.duplicated("id")).any():
+        raise ValueError(f"{runs[-1]}: another has {joined['id'][twice].iloc[0]} too; leave it out")
+    return joined
 
 
 def markdown(found: pd.DataFrame, task: str) -> str:
@@ -122,11 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="the folder of a benchmark")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a benchmark")
     parser.add_argument("--pair", nargs=2, metavar="TASK/ROW", help="the first minus the second")
     chosen = parser.parse_args(arguments)
     try:
-        found = read(chosen.run)
+        found = read(*chosen.runs)
         if chosen.pair:
             print(pair(found, *chosen.pair))
             return 0

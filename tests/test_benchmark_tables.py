@@ -432,6 +432,23 @@ def test_side_by_side_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"| +1.000 ± {math.sqrt(1 / 3):.3f} | 3 |" in capsys.readouterr().out
 
 
+def test_side_by_side_of_rows_that_were_run_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = {"a": {"independent": [1.0, 2.0]}, "b": {"snapshot": [0.0, 2.0]}}
+    rows = {key: values for part in apart.values() for key, values in part.items()}
+    for name, some in (apart | {"whole": rows}).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("name: made")
+        (tmp_path / name / "benchmark.json").write_text(json.dumps(by_hand(some)))
+    assert side_by_side.main([str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr().out
+    assert side_by_side.main([str(tmp_path / name) for name in apart]) == 0
+    assert capsys.readouterr().out == whole
+    assert side_by_side.main([str(tmp_path / name) for name in ("a", "whole")]) == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
 def test_side_by_side_of_what_is_no_benchmark(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
