@@ -33,6 +33,12 @@ def walk(envs: Environments, steps: int, seed: int = 0) -> list[tuple[Any, ...]]
     return [envs.step(rng.integers(envs.num_actions, size=envs.num_envs))[:4] for _ in range(steps)]
 
 
+def learn(envs: Environments, steps: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """What would be learnt from random actions."""
+    _, rewards, terminated, truncated = zip(*walk(envs, steps, seed), strict=True)
+    return envs.scaled(np.stack(rewards), np.stack(terminated) | np.stack(truncated))
+
+
 def same(a: list[tuple[Any, ...]], b: list[tuple[Any, ...]]) -> bool:
     return all(
         np.array_equal(x, y)
@@ -43,21 +49,29 @@ def same(a: list[tuple[Any, ...]], b: list[tuple[Any, ...]]) -> bool:
 
 def test_rewards_are_divided_by_the_deviation_of_the_discounted_return() -> None:
     norm = RunningReturn(2, gamma=0.5)
-    none = np.array([], np.int64)
-    first = norm(np.array([1.0, 3.0]), np.array([1]))
+    rewards, ended = np.array([[1.0, 3.0], [2.0, 4.0]]), np.array([[False, True], [False, False]])
+    scaled = norm(rewards, ended)
     # Returns 1 and 3, and 1e-4 of a prior with mean 0 and variance 1.
     variance = (1e-4 * 1 + 2.0 + 4 * 1e-4 * 2 / 2.0001) / 2.0001
-    np.testing.assert_allclose(first, np.array([1.0, 3.0]) / np.sqrt(variance + 1e-8), rtol=1e-12)
+    np.testing.assert_allclose(scaled[0], rewards[0] / np.sqrt(variance + 1e-8), rtol=1e-12)
     # The second episode ended: its return starts from nothing. 0.5 + 2 and 0 + 4.
-    second = norm(np.array([2.0, 4.0]), none)
     np.testing.assert_allclose(norm.returns, [2.5, 4.0])
     deviation = np.std([1.0, 3.0, 2.5, 4.0])
-    np.testing.assert_allclose(second, np.array([2.0, 4.0]) / deviation, rtol=1e-3)
-    huge = norm(np.array([1e6, 0.0]), none)
-    assert huge[0] <= 10.0
+    np.testing.assert_allclose(scaled[1], rewards[1] / deviation, rtol=1e-3)
+    huge = norm(np.array([[1e6, 0.0]]), ended[1:])
+    assert huge[0, 0] <= 10.0
     again = RunningReturn(2, gamma=0.5)
     again.restore(norm.state())
-    assert np.array_equal(again(np.ones(2), none), norm(np.ones(2), none))
+    one = np.ones((1, 2))
+    assert np.array_equal(again(one, ended[1:]), norm(one, ended[1:]))
+
+
+def test_a_rollout_at_once_and_step_by_step_are_divided_alike() -> None:
+    rng = np.random.default_rng(0)
+    rewards, ended = rng.normal(3, 2, (50, 4)), rng.random((50, 4)) < 0.2
+    at_once, by_step = RunningReturn(4, gamma=0.9), RunningReturn(4, gamma=0.9)
+    parts = [by_step(rewards[t : t + 1], ended[t : t + 1]) for t in range(50)]
+    assert np.array_equal(at_once(rewards, ended), np.concatenate(parts))
 
 
 @gymnasium_only
@@ -98,6 +112,28 @@ def test_images_come_with_channels_first_and_numbers_one_hot() -> None:
 
 
 @gymnasium_only
+@pytest.mark.parametrize(
+    ("id", "stack"), [("Corridor-v0", 1), ("Corridor-v0", 3), ("Picture-v0", 2)]
+)
+def test_observations_are_written_where_they_are_wanted(id: str, stack: int) -> None:
+    one, other = (Environments(env(id, frame_stack=stack), seed=3) for _ in range(2))
+    first, _ = one.reset()
+    other.reset()
+    rows = np.full((20, *first.shape), 77, first.dtype)
+    rng = np.random.default_rng(0)
+    for row in rows:
+        actions = rng.integers(one.num_actions, size=2)
+        kept, seen = one.step(actions, row), other.step(actions)
+        assert kept[0] is row
+        assert all(map(np.array_equal, kept[:4], seen[:4]))
+        assert str(kept[4]) == str(seen[4])
+    before = rows.copy()
+    assert np.array_equal(one.observations, rows[-1])  # type: ignore[arg-type]
+    one.step(actions)
+    assert np.array_equal(rows, before), "left alone from then on"
+
+
+@gymnasium_only
 def test_levels_follow_from_the_seed_and_stay_in_their_range() -> None:
     def levels(seed: int, **settings: Any) -> list[int]:
         envs, found = Environments(env(num_envs=5, **settings), seed), []
@@ -127,12 +163,13 @@ def test_restored_environments_go_on_as_if_they_had_not_stopped(id: str) -> None
     settings, said = env(id, frame_stack=2), list[str]()
     one = Environments(settings, seed=3, gamma=0.9)
     one.reset()
-    walk(one, 57)
+    learn(one, 57)
     state = {name: tensor.clone() for name, tensor in one.state().items()}
     other = Environments(settings, seed=3, gamma=0.9)
     other.restore(state, said.append)
     assert np.array_equal(one.observations, other.observations)  # type: ignore[arg-type]
-    assert same(walk(one, 80, seed=1), walk(other, 80, seed=1))
+    assert np.array_equal(learn(one, 80, seed=1), learn(other, 80, seed=1))
+    assert same(walk(one, 80, seed=2), walk(other, 80, seed=2))
     assert not said
 
 

@@ -90,20 +90,22 @@ class RunningReturn:
         self.mean, self.variance, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, rewards: Array, ended: Array) -> Array:
-        """`(E,)` rewards and which episodes ended with them -> `(E,)`."""
-        self.returns = self.returns * self.gamma + rewards
-        n = len(rewards)
-        mean = float(self.returns.sum()) / n
-        off = self.returns - mean
-        # Two samples joined (Chan, Golub and LeVeque 1979).
-        delta, total = mean - self.mean, self.count + n
-        squares = self.variance * self.count + float(off @ off)
-        squares += delta * delta * self.count * n / total
-        self.mean += delta * n / total
-        self.variance, self.count = squares / total, total
-        self.returns[ended] = 0.0
-        scaled: Array = rewards / (self.variance + 1e-8) ** 0.5
-        return np.minimum(np.maximum(scaled, -10.0), 10.0)
+        """`(T, E)` rewards, step after step, and which episodes ended with them -> `(T, E)`."""
+        scaled = np.empty_like(rewards)
+        for t, (now, end) in enumerate(zip(rewards, ended, strict=True)):
+            self.returns = self.returns * self.gamma + now
+            n = len(now)
+            mean = float(self.returns.sum()) / n
+            off = self.returns - mean
+            # Two samples joined (Chan, Golub and LeVeque 1979).
+            delta, total = mean - self.mean, self.count + n
+            squares = self.variance * self.count + float(off @ off)
+            squares += delta * delta * self.count * n / total
+            self.mean += delta * n / total
+            self.variance, self.count = squares / total, total
+            self.returns[end] = 0.0
+            scaled[t] = now / (self.variance + 1e-8) ** 0.5
+        return scaled.clip(-10.0, 10.0)
 
     def state(self) -> dict[str, Array]:
         moments = np.array([self.mean, self.variance, self.count])
@@ -119,7 +121,7 @@ class Environments:
 
     Args:
         seed: of the levels, and of what is drawn in them.
-        gamma: discount of the return that rewards are divided by; None: they stay as they are.
+        gamma: discount of the return that `scaled` divides rewards by; None: they stay as they are.
 
     Raises:
         ValueError: see `simulator`.
@@ -152,20 +154,32 @@ class Environments:
         """Stacks of first frames: each is there k times."""
         return np.concatenate([first] * self.env.frame_stack, 1)
 
-    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+    def step(
+        self, actions: Array, out: Array | None = None
+    ) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """`(E,)` actions -> observations, rewards, terminated, truncated, infos.
 
         Where an episode ended, the observation is the first of the next one. Then infos has
         `final_obs`, environment -> last observation of an episode that was cut off; and `ended`,
-        `return`, `length`, `level`: for each that ended its environment, sum of rewards as they
-        came, steps, and level.
+        `return`, `length`, `level`: for each that ended its environment, sum of rewards, steps,
+        and level.
+
+        Args:
+            out: where to write the observations, and to leave them until the next step; None: a
+                new array.
 
         Raises:
             ValueError: a reward is NaN or infinite.
         """
-        before, infos = self.observations, dict[str, Any]()
+        before, width, infos = self.observations, self._width, dict[str, Any]()
         assert before is not None, "reset first"
-        frames, rewards, terminated, truncated, final = self.simulator.step(actions)
+        observations = np.empty_like(before) if out is None else out
+        stacked = self.env.frame_stack > 1
+        if stacked:
+            observations[:, :-width] = before[:, width:]
+        frames, rewards, terminated, truncated, final = self.simulator.step(
+            actions, observations[:, -width:]
+        )
         self._steps += 1
         if not math.isfinite(rewards.sum()):
             worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -173,10 +187,6 @@ class Environments:
                 f"env.id: {self.env.id} gave the reward {rewards[worst]} in environment {worst}, "
                 f"step {self._steps}; rewards must be finite"
             )
-        if self.env.frame_stack == 1:
-            observations = frames
-        else:
-            observations = np.concatenate([before[:, self._width :], frames], 1)
         self._returns += rewards
         self._lengths += 1
         ended = (terminated | truncated).nonzero()[0]
@@ -187,17 +197,24 @@ class Environments:
                 "length": self._lengths[ended],
                 "level": self._levels[ended],
                 "final_obs": {
-                    i: np.concatenate([before[i, self._width :], frame])
-                    for i, frame in final.items()
+                    i: np.concatenate([before[i, width:], frame]) for i, frame in final.items()
                 },
             }
-            observations[ended] = self._stacked(frames[ended])
+            if stacked:
+                observations[ended] = self._stacked(frames[ended])
             self._returns[ended], self._lengths[ended] = 0.0, 0
             self._levels = self.simulator.levels()
-        if self.normaliser is not None:
-            rewards = self.normaliser(rewards, ended)
         self.observations = observations
         return observations, rewards, terminated, truncated, infos
+
+    def scaled(self, rewards: Array, ended: Array) -> Array:
+        """What to learn from: the rewards of the steps since this was asked last, in proportion.
+
+        Args:
+            rewards: `(T, E)`, as they came.
+            ended: `(T, E)` bool: an episode ended with them.
+        """
+        return rewards if self.normaliser is None else self.normaliser(rewards, ended)
 
     def state(self) -> dict[str, Tensor]:
         """All that decides what comes next, as tensors."""

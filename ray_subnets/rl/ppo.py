@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from ray_subnets import supervised
 from ray_subnets.recipes import derive
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_recipes import PPO, Iteration
+from ray_subnets.rl.simulators import Array
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
@@ -172,24 +174,30 @@ def collect(
     assert envs.observations is not None
     seen = torch.from_numpy(envs.observations)
     observations = torch.empty((steps, *seen.shape), dtype=seen.dtype, device=device)
-    rewards, ended = np.empty((steps, count)), np.zeros((steps, count), np.bool_)
+    places: list[Array | None] = [None] * steps  # of what comes next, where it can be kept at once
+    if device.type == "cpu":
+        places[:-1] = observations.numpy()[1:]
+    rewards, ended = np.empty((steps, count)), np.empty((steps, count), np.bool_)
+    cut_values = np.zeros((steps, count))
     noise = torch.empty((steps, count, envs.num_actions), device=device)  # of all steps at once
     noise = -noise.exponential_(generator=generator).log_()
     answers: list[tuple[Tensor, Tensor, Tensor]] = []  # one stack costs less than a copy a step
-    for t, (observation, gumbel) in enumerate(zip(observations, noise, strict=True)):
-        observation.copy_(torch.from_numpy(envs.observations))
+    for t, (observation, gumbel, place) in enumerate(zip(observations, noise, places, strict=True)):
+        if t == 0 or device.type != "cpu":
+            observation.copy_(torch.from_numpy(envs.observations))
         answer = act(forward, observation, gumbel)
         answers.append(answer)
-        _, rewards[t], _, _, infos = envs.step(answer[0].cpu().numpy())
+        _, rewards[t], terminated, truncated, infos = envs.step(answer[0].cpu().numpy(), place)
+        np.logical_or(terminated, truncated, out=ended[t])
         if infos:
-            ended[t, infos["ended"]] = True
             episodes.returns += infos["return"].tolist()
             episodes.lengths += infos["length"].tolist()
             if cut := infos["final_obs"]:
                 final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
-                rewards[t, list(cut)] += settings.gamma * forward(final)[1].cpu().numpy()
+                cut_values[t, list(cut)] = settings.gamma * forward(final)[1].cpu().numpy()
     last = forward(torch.from_numpy(envs.observations).to(device))[1]
     actions, logits, values = (torch.stack(kept) for kept in zip(*answers, strict=True))
+    rewards = envs.scaled(rewards, ended) + cut_values
     return Rollout(
         *(observations, actions, log_probability(logits, actions), values),
         rewards=torch.from_numpy(rewards).float().to(device),
@@ -252,8 +260,10 @@ def train(
     """
     total = iterations(settings, envs.num_envs)
     device = next(model.parameters()).device
-    half = torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"
+    half = (
+        torch.autocast(device.type, dtype=torch.bfloat16)
+        if settings.precision == "bfloat16"
+        else nullcontext()
     )
     if start_iteration == 0:
         envs.reset()
@@ -332,7 +342,9 @@ def _weights(
     return {f"actor.{name}": weight for name, weight in seen.items()}
 
 
-def _forward(model: nn.Module, half: torch.autocast, weights: Mapping[str, Tensor]) -> Forward:
+def _forward(
+    model: nn.Module, half: AbstractContextManager[Any], weights: Mapping[str, Tensor]
+) -> Forward:
     """The network with some of its parameters replaced."""
 
     def forward(observations: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,13 @@ class Simulator(Protocol):
     def reset(self) -> Array:
         """First frames, `(E, *frame)`."""
 
-    def step(self, actions: Array) -> Stepped:
-        """One action in each, `(E,)` of 0 to `num_actions - 1`."""
+    def step(self, actions: Array, out: Array | None = None) -> Stepped:
+        """One action in each, `(E,)` of 0 to `num_actions - 1`.
+
+        Args:
+            out: `(E, *frame)`, where to write the frames; the simulator may read them again until
+                the next step. None: a new array.
+        """
 
     def levels(self) -> Array:
         """`(E,)` int64: the level that each is in."""
@@ -134,9 +139,9 @@ class GymnasiumSimulator:
         self._frames = np.stack(first).astype(self._dtype)
         return self._frames
 
-    def step(self, actions: Array) -> Stepped:
+    def step(self, actions: Array, out: Array | None = None) -> Stepped:
         count = len(self._envs)
-        frames = np.empty((count, *self.frame_shape), self._dtype)
+        frames = np.empty((count, *self.frame_shape), self._dtype) if out is None else out
         rewards = np.empty(count)
         terminated, truncated = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         final: dict[int, Array] = {}
