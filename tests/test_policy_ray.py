@@ -24,7 +24,8 @@ CART = """
 name: cart
 env: {id: CartPole-v1, num_envs: 4, num_levels: 50, frame_stack: 1}
 model: {name: mlp, hidden: [8], activation: tanh}
-ppo: {total_steps: 256, num_steps: 16, num_minibatches: 2, gamma: 0.9, lr: 0.01}
+# Long enough for the second actor to have started when the parent is done.
+ppo: {total_steps: 8192, num_steps: 32, num_minibatches: 2, gamma: 0.9, lr: 0.001}
 children:
   - {method: noisy, count: 6, sigma: 0.1, density: 0.2}
   - {method: sparse, count: 2, partition: 2, tune: {total_steps: 128}}
