@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RL_VENV ?= .venv-rl
 
-.PHONY: setup demo rl test test-rl test-gpu test-cluster test-slow chaos check bench docs fashion study map cheaper clean
+.PHONY: setup demo rl test test-rl test-gpu test-cluster test-slow chaos check bench docs fashion study map map-lenet cheaper clean
 
 setup: $(VENV)/.ready
 
@@ -111,7 +111,20 @@ map: setup
 				--out runs/map-w$$width-p$$parent-$$seed || exit; \
 		done; \
 	done; done
-	$(BIN)/python -m analysis.where_it_pays runs/map-* --figure analysis/figures/where_it_pays.png
+	$(BIN)/python -m analysis.where_it_pays runs/map-w* --figure analysis/figures/where_it_pays.png
+
+# The same for a LeNet, from parents of 20 and 40 epochs; about two hours on two cores.
+map-lenet: setup
+	for seed in 0 1 2; do \
+		$(BIN)/ray-subnets run map_lenet_singles name=map-lenet-singles seed=$$seed \
+			--out runs/map-lenet-singles-$$seed || exit; \
+		for parent in 20 40; do \
+			$(BIN)/ray-subnets run map_lenet_children name=map-lenet-p$$parent seed=$$seed \
+				parent.epochs=$$parent --out runs/map-lenet-p$$parent-$$seed || exit; \
+		done; \
+	done
+	$(BIN)/python -m analysis.where_it_pays runs/map-lenet-* \
+		--figure analysis/figures/where_it_pays_lenet.png
 
 # What an answer costs, and what it can be cheapened to; minutes on two cores. Five seeds that no
 # default was chosen on (0 to 2 are those of `make map`).

@@ -1,13 +1,14 @@
 """Where it pays: ensembles against the best-tuned single model of equal budget, over budgets.
 
-    make map              # the runs, then: python -m analysis.where_it_pays runs/map-*
+    make map              # the runs, then: python -m analysis.where_it_pays runs/map-w*
+    make map-lenet        # of a convolutional network: runs/map-lenet-*
 
-A run of `map_singles` gives single models of many budgets and rates, a run of `map_children`
-groups of children of one parent; both carry the width of the network in their name. At a budget B
+A run of `map_singles` gives single models of many budgets and rates, a run of `map_children` groups
+of children of one parent; both carry the network in their name: a width, or lenet. At a budget B
 the opponent is the best single model of at most B epochs, chosen for each measure on validation
 data: by NLL for NLL, by NLL after temperature scaling for scaled NLL, by accuracy for accuracy.
-(The number of epochs that is best for one of them is far from it for another.) Choices are made
-for each seed; test data are read once, at the end.
+(The number of epochs that is best for one of them is far from it for another.) Choices are made for
+each seed; test data are read once, at the end.
 """
 
 from __future__ import annotations
@@ -146,10 +147,14 @@ def _single_curve(axes: Axes, singles: pd.DataFrame, key: str, scale: float) -> 
     axes.errorbar(budgets, mean, error, color=RED, marker="s", ms=4, label="best single model")
 
 
+def _title(network: str) -> str:
+    return "LeNet-S" if network == "lenet" else f"MLP, {network[1:]} units a layer"
+
+
 def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
     """Test NLL (plain, scaled) and accuracy against the budget, a row for each network."""
     table = table.assign(network=networks(table))
-    names = sorted(found["network"].unique(), key=lambda name: int(name[1:]))
+    names = sorted(found["network"].unique(), key=lambda name: (len(name), name))
     markers = dict(zip(sorted(found["parent"].unique()), "vo^sD", strict=False))
     measures = (
         ("nll", "NLL, nats", 1.0),
@@ -184,7 +189,7 @@ def draw(table: pd.DataFrame, found: pd.DataFrame, path: Path) -> None:
                 axes.set_xticks(ticks, [str(tick) for tick in ticks])
                 axes.minorticks_off()
                 axes.grid(alpha=0.25)
-            row[0].set_title(f"MLP, {name[1:]} units a layer", loc="left", fontsize=9)
+            row[0].set_title(_title(name), loc="left", fontsize=9)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
