@@ -34,7 +34,7 @@ def parsed(*overrides: str) -> PolicySweep:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("sweep.keys={sigmas: [1.0]}", "sweep.keys.sigmas: no setting of the run"),
+        ("sweep.keys={sigmas: [1.0]}", "sweep.keys.sigmas: neither the run nor a group"),
         ("sweep.keys={seed: [1]}", "sweep.keys.seed: list them under sweep.seeds"),
         ("sweep.keys={sigma: [-1.0]}", "children.0.sigma: input should be greater than 0"),
         ("sweep.keys={sigma: []}", "sweep.keys.sigma: "),

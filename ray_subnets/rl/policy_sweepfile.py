@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from ray_subnets import configfile
 from ray_subnets.groups import Section
 from ray_subnets.rl import policyfile
 from ray_subnets.rl.policy_jobs import PolicyCell
 from ray_subnets.rl.policyfile import NoisyPolicy, PolicyConfig, SparsePolicy, StochasticPolicy
-from ray_subnets.sweeps.sweepfile import MOST, cell_id, groups_with
+from ray_subnets.sweeps.sweepfile import MOST, Varied, cell_id
 
 GROUPS: dict[str, type[Section]] = {
     "noisy": NoisyPolicy,
@@ -48,37 +46,12 @@ class PolicySweepSection(Section):
 
 
 @dataclass(frozen=True)
-class PolicySweep:
-    """A base configuration and what is varied."""
+class PolicySweep(Varied):
+    """What is varied of a run of policies."""
 
-    base: Mapping[str, Any]
-    """the run's settings as written"""
     section: PolicySweepSection
-    source: str
-
-    @property
-    def name(self) -> str:
-        return str(self.base["name"])
-
-    def paths(self, key: str) -> list[str]:
-        """The settings that a swept key stands for, as dotted paths from the top.
-
-        Raises:
-            ValueError: no such setting.
-        """
-        first = key.split(".")[0]
-        if key == "seed":
-            raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
-        if first in PolicyConfig.model_fields:
-            return [key]
-        having = groups_with(self.base, first, GROUPS)
-        if not having:
-            known = ", ".join(PolicyConfig.model_fields)
-            raise ValueError(
-                f"{self.source}: sweep.keys.{key}: no setting of the run ({known}), nor of its "
-                "children"
-            )
-        return [f"children.{index}.{key}" for index in having]
+    run = PolicyConfig
+    groups = GROUPS
 
     def cells(self) -> list[dict[str, Any]]:
         """Every combination of values."""
@@ -92,9 +65,8 @@ class PolicySweep:
             ValueError: these values do not work; one line.
         """
         record = copy.deepcopy(dict(self.base))
-        for key, value in values.items():
-            for path in self.paths(key):
-                configfile.assign(record, path, value)
+        for path, value in self.settings(values).items():
+            configfile.assign(record, path, value)
         record["seed"] = seed
         configfile.assign(record, "evaluate.film", 0)
         return policyfile.checked(record, self.source)
@@ -121,14 +93,6 @@ class PolicySweep:
                     rollouts=config.parent_job().epochs,
                 )
         return found
-
-    def to_yaml(self) -> str:
-        """The settings of the sweep, defaults included."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump({**self.base, "sweep": self.section.model_dump(mode="json")}, stream)
-        return stream.getvalue()
 
 
 def parent_id(config: PolicyConfig) -> str:

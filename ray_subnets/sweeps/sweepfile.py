@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -110,13 +110,18 @@ def groups_with(
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A base configuration and what is varied."""
+class Varied:
+    """A base configuration of some kind of run, and what is varied."""
 
     base: Mapping[str, Any]
     """the run's settings as written"""
-    section: SweepSection
+    section: Section
     source: str
+
+    run: ClassVar[type[Section]]
+    """the run's settings"""
+    groups: ClassVar[Mapping[str, type[Section]]]
+    """method -> settings of a group of children"""
 
     @property
     def name(self) -> str:
@@ -129,21 +134,38 @@ class Sweep:
             ValueError: no such setting.
         """
         first = key.split(".")[0]
-        if first in Config.model_fields:
-            if key == "seed":
-                raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
+        if key == "seed":
+            raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
+        if first in self.run.model_fields:
             return [key]
-        having = groups_with(self.base, first, GROUPS)
+        having = groups_with(self.base, first, self.groups)
         if not having:
             raise ValueError(
                 f"{self.source}: sweep.keys.{key}: neither the run nor a group of children has "
-                f"this setting; those of the run: {', '.join(Config.model_fields)}"
+                f"this setting; those of the run: {', '.join(self.run.model_fields)}"
             )
         return [f"children.{index}.{key}" for index in having]
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A cell as path -> value."""
         return {path: value for key, value in values.items() for path in self.paths(key)}
+
+    def to_yaml(self) -> str:
+        """The settings of the sweep, defaults included."""
+        stream = io.StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = False
+        yaml.dump({**self.base, "sweep": self.section.model_dump(mode="json")}, stream)
+        return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Sweep(Varied):
+    """What is varied of a run of classifiers."""
+
+    section: SweepSection
+    run = Config
+    groups = GROUPS
 
     def config(self, values: Mapping[str, Any], seed: int) -> Config:
         """The run of one cell and seed.
@@ -176,14 +198,6 @@ class Sweep:
             for end, value in zip(ends, pair, strict=True):
                 end[key] = value
         return ends
-
-    def to_yaml(self) -> str:
-        """The settings of the sweep, defaults included."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump({**self.base, "sweep": self.section.model_dump(mode="json")}, stream)
-        return stream.getvalue()
 
 
 def told(values: Mapping[str, Any]) -> str:
