@@ -6,7 +6,6 @@ are errors. `configfile.py` reads settings from YAML.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from pydantic import (
     Field,
     model_validator,
 )
-from ruamel.yaml import YAML
 
 from ray_subnets.groups import Noisy, Section, Sparse, Stochastic, plain
 from ray_subnets.population import Task
@@ -308,11 +306,3 @@ class Config(Section):
             import_from=str(Path.cwd()),
             weights=GIVEN if self.weights is not None else None,
         )
-
-    def to_yaml(self) -> str:
-        """All settings, defaults included, as YAML that gives the same configuration."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump(self.model_dump(mode="json"), stream)
-        return stream.getvalue()

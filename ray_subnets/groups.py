@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ruamel.yaml import YAML
 
 from ray_subnets.recipes import (
     Annealing,
@@ -28,6 +30,18 @@ from ray_subnets.recipes import (
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included, as YAML that gives the same again."""
+        return yaml_of(self.model_dump(mode="json"))
+
+
+def yaml_of(record: Mapping[str, Any]) -> str:
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(record, stream)
+    return stream.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader
 
-from ray_subnets import figures, metrics, table
+from ray_subnets import figures, metrics, pages, table
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.regression import classifiers_only
 from ray_subnets.summary import Scores
@@ -63,13 +62,8 @@ def write(folder: RunFolder, sections: Sequence[Section] = ()) -> str:
     """
     record = folder.read_json("result.json")
     classifiers_only(record.get("head", "classes"), "report")
-    environment = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     try:
-        page = environment.get_template("report.html").render(
-            **_content(folder, record), sections=sections
-        )
+        page = pages.render("report.html", **_content(folder, record), sections=sections)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}/result.json: incomplete or of another version ({error})"

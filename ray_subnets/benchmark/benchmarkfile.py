@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from ray_subnets import baselines, configfile
 from ray_subnets.config import Config, DataSection, ModelSection, Named, ResourcesSection, named
@@ -302,14 +300,6 @@ class Benchmark(Section):
         first = next(iter(self.columns))
         training = replace(self.training(row, first, {}), epochs=1)
         return self._run(task, row, training, {"count": 1, "sigma": 0.01, "parent_epochs": 1}, 0, 1)
-
-    def to_yaml(self) -> str:
-        """All settings, defaults included."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump(self.model_dump(mode="json"), stream)
-        return stream.getvalue()
 
 
 @dataclass(frozen=True)

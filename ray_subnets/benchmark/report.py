@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
+from ray_subnets import pages
 from ray_subnets.benchmark import table as benchmarktable
 from ray_subnets.benchmark.columns import (
     ACCURACY,
@@ -40,11 +40,8 @@ def write(folder: RunFolder, record: Mapping[str, Any]) -> str:
         ValueError: the record lacks something, or a file cannot be written.
     """
     both = frames(record)
-    environment = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     try:
-        page = environment.get_template(PAGE).render(**_content(record))
+        page = pages.render(PAGE, **_content(record))
         files = {
             "cells.csv": both.cells.to_csv(index=False),
             "table.csv": both.table.to_csv(index=False),

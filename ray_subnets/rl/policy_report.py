@@ -6,9 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
-from ray_subnets import figures
+from ray_subnets import figures, pages
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.recipes import Stored
 from ray_subnets.rl import policy_figures, policy_table
@@ -25,11 +23,8 @@ def write(folder: RunFolder) -> str:
         ValueError: the run is not finished, or a file of it is damaged.
     """
     record = folder.read_json("result.json")
-    environment = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     try:
-        page = environment.get_template("policy.html").render(**_content(folder, record))
+        page = pages.render("policy.html", **_content(folder, record))
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}/result.json: incomplete or of another version ({error})"

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 
-from ray_subnets import environment
+from ray_subnets import environment, pages
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.data import Data
 from ray_subnets.pools import Pool
@@ -137,10 +136,7 @@ def write(
         "environment": folder.read_json("environment.json"),
     }
     folder.write_json(RECORD, record)
-    page = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    folder.write(PAGE, page.get_template("policy_sweep.html").render(**_content(record)).encode())
+    folder.write(PAGE, pages.render("policy_sweep.html", **_content(record)).encode())
     return record
 
 

@@ -5,14 +5,12 @@ As `config.py` and `configfile.py` for classifiers, whose sections it shares.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from ray_subnets import configfile
 from ray_subnets.config import ModelSection, ResourcesSection, named
@@ -243,14 +241,6 @@ class PolicyConfig(Section):
             channels_last=self.resources.channels_last,
             import_from=str(Path.cwd()),
         )
-
-    def to_yaml(self) -> str:
-        """All settings, defaults included, as YAML that gives the same configuration."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump(self.model_dump(mode="json"), stream)
-        return stream.getvalue()
 
 
 # --- from a file --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from jinja2 import Environment, PackageLoader
+from ray_subnets import pages
 
 PORT = 8271
 FILES = {
@@ -91,11 +91,8 @@ def _web(links: Mapping[str, str]) -> dict[str, str]:
 
 
 def _page(root: Path, links: Mapping[str, str]) -> bytes:
-    environment = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("dashboard.html")
-    return page.render(root=str(root), folders=folders(root), links=links).encode()
+    page = pages.render("dashboard.html", root=str(root), folders=folders(root), links=links)
+    return page.encode()
 
 
 class _Handler(BaseHTTPRequestHandler):

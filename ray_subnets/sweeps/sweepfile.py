@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -23,11 +22,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
 
 from ray_subnets import configfile
 from ray_subnets.config import Config, Named, named
-from ray_subnets.groups import Noisy, Section, Sparse, Stochastic, plain
+from ray_subnets.groups import Noisy, Section, Sparse, Stochastic, plain, yaml_of
 from ray_subnets.recipes import Count, Fit, Positive
 
 GROUPS: dict[str, type[Section]] = {"noisy": Noisy, "sparse": Sparse, "stochastic": Stochastic}
@@ -152,11 +150,7 @@ class Varied:
 
     def to_yaml(self) -> str:
         """The settings of the sweep, defaults included."""
-        stream = io.StringIO()
-        yaml = YAML()
-        yaml.default_flow_style = False
-        yaml.dump({**self.base, "sweep": self.section.model_dump(mode="json")}, stream)
-        return stream.getvalue()
+        return yaml_of({**self.base, "sweep": self.section.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
-
+from ray_subnets import pages
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.sweeps.sweep import RECORD
 
@@ -22,10 +21,6 @@ def write(folder: RunFolder) -> Path:
         ValueError: there is none, or it is damaged.
     """
     record = folder.read_json(RECORD)
-    environment = Environment(
-        loader=PackageLoader("ray_subnets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # keys in the file's order
-    page = environment.get_template(PAGE).render(record=record, name=record["name"])
+    page = pages.render(PAGE, record=record, name=record["name"])
     folder.write(PAGE, page.encode())
     return folder.root / PAGE
