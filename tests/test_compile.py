@@ -30,8 +30,9 @@ children:
 """
 
 
-# torch hides this warning of its own, which does not help where warnings are errors.
+# torch hides the first of these warnings of its own, which does not help where they are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:Guards may run slower on Python 3\.13\.0:RuntimeWarning")
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="torch.compile needs a C++ compiler",
