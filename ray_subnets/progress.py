@@ -6,6 +6,7 @@ import importlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -162,8 +163,8 @@ class Lines:
         self._status: Status | None = None
         self._completed, self._seen = 0, dict.fromkeys(self._units, 0)
         self._fresh = 0  # units done since the start; others were found done
-        self._began = self._last = time.monotonic()
-        self._start = time.time()
+        self._first = 0.0  # when the first of them was: before it processes started
+        self._last, self._start = time.monotonic(), time.time()
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +185,7 @@ class Lines:
         if isinstance(report, Epoch):
             self._completed += report.epoch - self._seen[report.id]
             self._seen[report.id] = report.epoch
-            self._fresh += 1
+            self._count_fresh(1)
             if time.monotonic() - self._last >= self._every:
                 self._last = time.monotonic()
                 self.note(
@@ -195,14 +196,21 @@ class Lines:
         self._done += 1
         self._failed += report.error is not None
         self._completed += self._units[report.id] - self._seen[report.id] + 1
-        self._fresh += report.started >= self._start
+        self._count_fresh(report.started >= self._start)
         self.note(f"{self._left()}  {report.id} {_outcome(report)}")
 
+    def _count_fresh(self, units: int) -> None:
+        if units and not self._fresh:
+            self._first = time.monotonic()
+        self._fresh += units
+
     def _left(self) -> str:
-        elapsed = time.monotonic() - self._began
-        remaining = elapsed / max(self._fresh, 1) * (self._total - self._completed)
-        where = "".join(f", {part}" for part in _where(self._status, self._failed))
-        return f"[{self._done}/{self._jobs} networks{where}, about {remaining:.0f} s left]"
+        parts = [f"{self._done}/{self._jobs} networks", *_where(self._status, self._failed)]
+        units = self._total - self._completed
+        if self._fresh > 1 or not units:
+            each = (time.monotonic() - self._first) / max(self._fresh - 1, 1)
+            parts.append(f"about {timedelta(seconds=round(units * each))} left")
+        return f"[{', '.join(parts)}]"
 
 
 class Notebook(Lines):

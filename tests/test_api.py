@@ -245,7 +245,7 @@ def test_a_temporary_folder_goes_with_the_ensemble(net: Net) -> None:
 def test_progress_ends_with_the_last_network(net: Net, capsys: pytest.CaptureFixture[str]) -> None:
     make(net, progress=True)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("[7/7 networks, about 0 s left]"), last
+    assert last.startswith("[7/7 networks, about 0:00:00 left]"), last
 
 
 def test_help_lists_every_setting() -> None:

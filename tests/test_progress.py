@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny import tiny
 
 from ray_subnets import driver, progress
-from ray_subnets.recipes import ChildResult, Epoch, Result, Status
+from ray_subnets.recipes import ChildResult, Epoch, Fit, Result, Status, Training
 
 JOBS = driver.jobs(tiny())
 VALIDATION = {"accuracy": 0.9, "nll": 0.3}
@@ -43,9 +43,27 @@ def test_lines_count_to_the_end() -> None:
     console = Console(file=io.StringIO(), width=200)
     feed(progress.Lines(JOBS, console, every=0.0))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0 s left]")
+    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0:00:00 left]")
     assert any("single epoch 9/10" in line for line in lines)
     assert any("sparse-000 failed: the loss is nan" in line for line in lines)
+
+
+def test_the_time_left_is_told_from_what_was_done_since_work_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes take 50 s to start, an epoch 3 s; 20 units, of which the fifth is done."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=200)
+    jobs = [Fit(id="parent", training=Training(epochs=19), seed=0)]
+    view = progress.Lines(jobs, console, every=0.0)
+    clock[0] = 47.0
+    for number in range(1, 6):
+        clock[0] += 3.0
+        view(epoch("parent", number, 19))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("[0/1 networks]  parent epoch 1/19"), "nothing to go by yet"
+    assert lines[-1].startswith("[0/1 networks, about 0:00:45 left]  parent epoch 5/19")
 
 
 STATUS = Status(nodes=2, actors=3, starting=1, running=2, retried=4)
@@ -59,7 +77,7 @@ def test_lines_say_where_the_work_is_done() -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[-1].startswith(
         f"[{len(JOBS)}/{len(JOBS)} networks, 2 running, 3 actors (+1 starting) on 2 nodes, "
-        "1 failed, 4 retried, about 0 s left]"
+        "1 failed, 4 retried, about 0:00:00 left]"
     )
 
 
@@ -104,7 +122,7 @@ def test_a_notebook_shows_one_text_that_is_renewed() -> None:
     first, *lines = shown[-1].splitlines()
     total = sum(job.epochs + 1 for job in JOBS)
     assert first == f"run {'█' * 28} {total}/{total}"
-    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0 s left]")
+    assert lines[-1].startswith(f"[{len(JOBS)}/{len(JOBS)} networks, 1 failed, about 0:00:00 left]")
 
 
 def test_a_notebooks_cell_is_written_once_and_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
