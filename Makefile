@@ -113,7 +113,7 @@ map: setup
 	done; done
 	$(BIN)/python -m analysis.where_it_pays runs/map-w* --figure analysis/figures/where_it_pays.png
 
-# The same for a LeNet, from parents of 20 and 40 epochs; about two hours on two cores.
+# The same for a LeNet, from parents of 20 and 40 epochs; about an hour on two cores.
 map-lenet: setup
 	for seed in 0 1 2; do \
 		$(BIN)/ray-subnets run map_lenet_singles name=map-lenet-singles seed=$$seed \
