@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
 from ray_subnets import configfile
+from ray_subnets.distributed import clusterfile
 from ray_subnets.distributed.clusterfile import PLACEHOLDER, problems
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,8 @@ def load(name: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a token, and the repository as current folder, as the files ask for."""
+    """A home with a token, the repository as current folder, and Python, as the files ask for."""
+    monkeypatch.setattr(clusterfile, "PYTHON", PYTHON)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)
     (tmp_path / ".ray").mkdir()

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 PLACEHOLDER = "CHANGE-ME"
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"  # that all nodes must have
 _TOKEN = "RAY_AUTH_MODE=token"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Names = Mapping[str, Any]  # name -> names inside of it, or None where anything may stand
@@ -167,9 +168,8 @@ def _image(where: str, image: str | None) -> Iterator[str]:
     tag = re.search(r"rayproject/ray:([0-9.]+)-py(\d)(\d+)", image or "")
     if tag and tag[1] != ray.__version__:
         yield f"{where}: Ray {tag[1]}, but here is {ray.__version__}; they must be the same"
-    if tag and (int(tag[2]), int(tag[3])) != sys.version_info[:2]:
-        here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        yield f"{where}: Python {tag[2]}.{tag[3]}, but here is {here}; they must be the same"
+    if tag and f"{tag[2]}.{tag[3]}" != PYTHON:
+        yield f"{where}: Python {tag[2]}.{tag[3]}, but here is {PYTHON}; they must be the same"
 
 
 def _unknown(found: Any, known: Names, where: str) -> Iterator[str]:
