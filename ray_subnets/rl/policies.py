@@ -110,8 +110,8 @@ class Played:
 
     returns: NDArray[np.float64]
     """sum of rewards"""
-    lengths: NDArray[np.int64]
-    """steps"""
+    lengths: NDArray[np.int64] | NDArray[np.float64]
+    """steps; of a mean of policies, means"""
     levels: NDArray[np.int64]
 
 

@@ -58,7 +58,7 @@ def mean_child(lines: Sequence[Line], group: str) -> Line | None:
     if not played:
         return None
     returns = np.stack([one.returns for one in played]).mean(0)
-    lengths = np.stack([one.lengths for one in played]).mean(0)
+    lengths = np.stack([one.lengths.astype(np.float64) for one in played]).mean(0)
     choose = lines[0].player.choose
     player = Player(name=f"{group} child", kind="child", choose=choose, group=group)
     return Line(player, Played(returns, lengths, played[0].levels))
