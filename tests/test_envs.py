@@ -267,11 +267,13 @@ def test_every_game_goes_on_from_its_state(game: str) -> None:
     assert np.array_equal(seen[:, :3], seen[:, 3:])
     before = walk(one, 60)
     assert np.array_equal(before[-1][0][:, :3], before[-2][0][:, 3:]) or before[-1][2].any()
+    learn(one, 20, seed=2)  # so that the scale of rewards has a state too
     state = {name: tensor.clone() for name, tensor in one.state().items()}
     assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
     other = Environments(settings, seed=3, gamma=0.99)
     other.restore(state)
     assert same(walk(one, 80, seed=1), walk(other, 80, seed=1))
+    assert np.array_equal(learn(one, 20, seed=3), learn(other, 20, seed=3))
     one.close()
     other.close()
 

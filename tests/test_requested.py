@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,10 +104,13 @@ def test_bad_text_is_refused(body: bytes, status: int, says: str) -> None:
 
 
 def test_text_that_is_nested_without_end_is_refused() -> None:
-    """Up to which depth it is read depends on the version of Python."""
+    """Up to which depth it is read depends on the version of Python; 3.13 reads this to its end."""
     refused = refusal(b"[" * 4000)
     assert refused.status == 400
-    assert re.search("nested too deeply|Expecting value", refused.reason)
+    says = (
+        "nested too deeply" if sys.version_info < (3, 12) else "nested too deeply|Expecting value"
+    )
+    assert re.search(says, refused.reason)
 
 
 def header(text: str) -> bytes:
