@@ -25,7 +25,7 @@ FLOORS = [
     ["masks", "shifts.blurs", "shifts.shift", "rl.policy_recipes", "rl.simulators"],
     [
         *["noisy", "sparse", "stochastic", "units", "streaming", "shifts.weather"],
-        "rl.procgen_games",
+        *["rl.procgen_games", "rl.env_processes"],
         *["items", "blueprint", "rl.policy_jobs"],
     ],
     ["topology", "structured", "rl.envs"],
@@ -157,6 +157,7 @@ def test_the_ground_floor_opens_no_files(name: str) -> None:
         "rl.ppo": {"time"},
         "ensembles": {"time"},
         "environment": {"pathlib", "subprocess", "datetime"},
+        "rl.env_processes": {"subprocess", "json"},
     }
     banned = {"pathlib", "os", "time", "datetime", "socket", "pydantic", "subprocess", "json"}
     roots = {n.split(".")[0] for n in imported(modules()[name])}

@@ -358,6 +358,19 @@ def test_a_run_without_pictures_says_so_and_goes_on(tmp_path: Path) -> None:
 
 
 @gymnasium_only
+def test_an_environment_of_a_module_is_played_and_filmed_in_processes_too(
+    tmp_path: Path, finished: tuple[RunFolder, dict[str, Any]]
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    record = run_policy(picture("env.id=played:Picture-v0", "env.processes=2"), folder)
+    _, before = finished
+    assert [one["players"] for one in record["evaluation"]] == [
+        one["players"] for one in before["evaluation"]
+    ]
+    assert record["film"] == before["film"]
+
+
+@gymnasium_only
 def test_commands_for_classifiers_refuse_a_policys_run(
     command: Command, finished: tuple[RunFolder, dict[str, Any]]
 ) -> None:

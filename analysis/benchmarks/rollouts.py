@@ -1,13 +1,14 @@
 """The rollout loop against stepping the environments and running the policy alone, in one run.
 
-    python -m analysis.benchmarks.rollouts [--env procgen/coinrun] [--num-envs 64]
+    python -m analysis.benchmarks.rollouts [--env procgen/coinrun] [--num-envs 64] [--processes 2]
 
 The bound is what the two take with nothing between them: steps of the environments with actions
 drawn beforehand, and the policy sampling actions for observations at hand; all steps and then all
 answers ("alone"), and one of each in turns, as any loop has to, where each finds the processor's
 caches as the other left them. The loop does both, and keeps what is needed to learn; at the end of
 a rollout it asks the policy once more, for the value of what comes next. All of them keep the
-memory that torch frees, as our commands do.
+memory that torch frees, as our commands do. With `--processes` Gymnasium's environments are
+stepped in so many, alone as in the loop, and the loop is also measured with all in this one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -106,12 +108,16 @@ def compare(env: Env, settings: PPO, channels: Sequence[int], table: Ratios) -> 
         stepping = simulator_alone(Environments(env, 1).simulator, env.num_envs, steps)
         return stepping, policy_alone(forward, envs, steps, device)
 
-    steps, answers, turns, whole = medians(
+    measures = [
         *alone(settings.num_steps),
         in_turns(alone(1), settings.num_steps),
         loop(forward, envs, settings, device),
-        rounds=ROUNDS,
-    )
+    ]
+    if env.processes:
+        here = Environments(replace(env, processes=0), 0, gamma=settings.gamma)
+        here.reset()
+        measures.append(loop(forward, here, settings, device))
+    steps, answers, turns, whole, *one = medians(*measures, rounds=ROUNDS)
     actions = env.num_envs * settings.num_steps
     print(
         f"{env.id}: {actions / whole:,.0f} steps/s; environments alone {actions / steps:,.0f}, "
@@ -119,6 +125,9 @@ def compare(env: Env, settings: PPO, channels: Sequence[int], table: Ratios) -> 
     )
     table.add(f"{env.id}: both alone", "the loop", (steps + answers, whole), ">= 0.90")
     table.add(f"{env.id}: both in turns", "the loop", (turns, whole), ">= 0.90")
+    for took in one:
+        processes = f"its environments in {env.processes} processes"
+        table.add(f"{env.id}: the loop", processes, (took, whole), "> 1.00")
 
 
 def main() -> None:
@@ -129,13 +138,14 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=128, help="of a rollout (default 128)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--processes", type=int, default=0, help="that step Gymnasium's; 0: none")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of IMPALA")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed()
     table = Ratios(f"Rollouts of {arguments.num_envs} environments x {arguments.steps} steps")
     for id in arguments.env:
-        env = Env(id=id, num_envs=arguments.num_envs, num_levels=200)
+        env = Env(id=id, num_envs=arguments.num_envs, num_levels=200, processes=arguments.processes)
         compare(env, PPO(num_steps=arguments.steps), arguments.channels, table)
     table.show()
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_subnets.rl.env_processes import ProcessesSimulator
 from ray_subnets.rl.policy_recipes import Env
 from ray_subnets.rl.procgen_games import RANGES, ProcgenSimulator
 from ray_subnets.rl.simulators import (
@@ -66,7 +67,10 @@ def simulator(env: Env, seed: int) -> Simulator:
             distribution_mode=env.distribution_mode,
             threads=env.threads,
         )
-    return GymnasiumSimulator(env.id, env.num_envs, levels, seed, env.options)
+    settings = (env.id, env.num_envs, levels, seed, env.options)
+    if env.processes:
+        return ProcessesSimulator(*settings, processes=env.processes)
+    return GymnasiumSimulator(*settings)
 
 
 def reward_range(env: Env) -> tuple[float, float] | None:

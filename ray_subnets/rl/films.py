@@ -31,18 +31,20 @@ def seen(env: Env) -> Env:
     Raises:
         ValueError: a package that draws them is not installed.
     """
-    env = replace(env, num_envs=PANELS)
+    env = replace(env, num_envs=PANELS, processes=0)
     if env.id.startswith(PROCGEN):
         return env
     import gymnasium
 
-    kind = str(gymnasium.spec(env.id).entry_point)
+    made = gymnasium.make(env.id, disable_env_checker=True)
+    assert made.spec
+    kind = str(made.spec.entry_point)
     if "classic_control" in kind and not importlib.util.find_spec("pygame"):
         raise ValueError(
             f"evaluate.film: to draw {env.id} needs the package pygame; install ray_subnets[rl], "
             "or gymnasium[classic-control]"
         )
-    modes = gymnasium.make(env.id, disable_env_checker=True).metadata.get("render_modes", ())
+    modes = made.metadata.get("render_modes", ())
     if "rgb_array" not in modes:
         return env
     return replace(env, options={**env.options, "render_mode": "rgb_array"})

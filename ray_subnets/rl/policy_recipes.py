@@ -38,6 +38,9 @@ class Env:
     """newest frames that a policy sees, the newest last (Table 4.2)"""
     threads: Annotated[int, Ge(0)] = 0
     """that step ProcGen's games; 0: the calling one"""
+    processes: Annotated[int, Ge(0)] = 0
+    """that step Gymnasium's environments, each its share; no part of the numbers. 0: the calling
+    one"""
     options: Mapping[str, Any] = field(default_factory=dict)
     """for `gymnasium.make`, or ProcGen's: `use_backgrounds`, `restrict_themes`"""
 

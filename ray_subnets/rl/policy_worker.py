@@ -48,7 +48,7 @@ def blank(env: Env) -> Data:
     Raises:
         ValueError: `env` cannot be played; see `envs.simulator`.
     """
-    envs = Environments(replace(env, num_envs=1), 0)
+    envs = Environments(replace(env, num_envs=1, processes=0), 0)
     try:
         shape, actions = envs.observation_shape, envs.num_actions
     finally:

@@ -87,13 +87,23 @@ class GymnasiumSimulator:
     An environment's state is its level and the actions since: they are played again to restore it.
     One that answers them differently (it draws from elsewhere) cannot be restored.
 
+    Args:
+        first: number of the first environment, where these are a part of more.
+
     Raises:
         ValueError: unknown id or option, gymnasium is not installed, or observations or actions
             are of a kind that no network here takes.
     """
 
     def __init__(
-        self, id: str, num_envs: int, levels: Levels, seed: int, options: Mapping[str, Any]
+        self,
+        id: str,
+        num_envs: int,
+        levels: Levels,
+        seed: int,
+        options: Mapping[str, Any],
+        *,
+        first: int = 0,
     ) -> None:
         try:
             import gymnasium
@@ -109,7 +119,7 @@ class GymnasiumSimulator:
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"env.id: {id!r} cannot be made: {reason}") from None
-        self._id, self._levels, self._seed = id, levels, seed
+        self._levels, self._seed, self._first = levels, seed, first
         actions = self._envs[0].action_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise ValueError(
@@ -119,15 +129,15 @@ class GymnasiumSimulator:
         self.num_actions, self._first_action = int(actions.n), int(actions.start)
         space = self._envs[0].observation_space
         self.frame_shape, self._encode = _encoder(id, gymnasium.spaces, space)
-        self._dtype = np.uint8 if len(self.frame_shape) == 3 else np.float32
+        self.dtype = np.uint8 if len(self.frame_shape) == 3 else np.float32
         self._level = np.zeros(num_envs, np.int64)
         self._episode = np.zeros(num_envs, np.int64)
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # since the reset
-        self._frames = np.empty((num_envs, *self.frame_shape), self._dtype)
+        self._frames = np.empty((num_envs, *self.frame_shape), self.dtype)
 
     def _begin(self, i: int) -> Array:
         """The next episode of environment `i`: its first frame."""
-        level = self._levels.draw(self._seed, i, int(self._episode[i]))
+        level = self._levels.draw(self._seed, self._first + i, int(self._episode[i]))
         self._episode[i] += 1
         self._level[i] = level
         self._actions[i] = []
@@ -136,12 +146,12 @@ class GymnasiumSimulator:
     def reset(self) -> Array:
         self._episode[:] = 0
         first = [self._begin(i) for i in range(len(self._envs))]
-        self._frames = np.stack(first).astype(self._dtype)
+        self._frames = np.stack(first).astype(self.dtype)
         return self._frames
 
     def step(self, actions: Array, out: Array | None = None) -> Stepped:
         count = len(self._envs)
-        frames = np.empty((count, *self.frame_shape), self._dtype) if out is None else out
+        frames = np.empty((count, *self.frame_shape), self.dtype) if out is None else out
         rewards = np.empty(count)
         terminated, truncated = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         final: dict[int, Array] = {}
