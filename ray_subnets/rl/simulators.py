@@ -6,6 +6,7 @@ arrays, so that training goes on where it stopped. Legend: E environments.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -132,7 +133,7 @@ class GymnasiumSimulator:
         self.dtype = np.uint8 if len(self.frame_shape) == 3 else np.float32
         self._level = np.zeros(num_envs, np.int64)
         self._episode = np.zeros(num_envs, np.int64)
-        self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # since the reset
+        self._actions = [array("q") for _ in range(num_envs)]  # the environments', since the reset
         self._frames = np.empty((num_envs, *self.frame_shape), self.dtype)
 
     def _begin(self, i: int) -> Array:
@@ -140,7 +141,7 @@ class GymnasiumSimulator:
         level = self._levels.draw(self._seed, self._first + i, int(self._episode[i]))
         self._episode[i] += 1
         self._level[i] = level
-        self._actions[i] = []
+        self._actions[i] = array("q")
         return self._encode(self._envs[i].reset(seed=level)[0])
 
     def reset(self) -> Array:
@@ -155,10 +156,12 @@ class GymnasiumSimulator:
         rewards = np.empty(count)
         terminated, truncated = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         final: dict[int, Array] = {}
-        encode, first = self._encode, self._first_action
-        for i, action in enumerate(actions.tolist()):
-            frame, reward, end, cut, _ = self._envs[i].step(action + first)
-            self._actions[i].append(action)
+        encode = self._encode
+        # NumPy's own numbers: Gymnasium takes longer to check Python's.
+        each = zip(self._envs, self._actions, actions + self._first_action, strict=True)
+        for i, (env, kept, action) in enumerate(each):
+            frame, reward, end, cut, _ = env.step(action)
+            kept.append(action)
             rewards[i] = reward
             frames[i] = encode(frame)
             if end or cut:
@@ -185,19 +188,20 @@ class GymnasiumSimulator:
             "level": self._level.copy(),
             "episode": self._episode.copy(),
             "length": np.array([len(actions) for actions in self._actions]),
-            "actions": np.array([a for actions in self._actions for a in actions], np.int64),
+            "actions": np.concatenate(self._actions, dtype=np.int64) - self._first_action,
             "frames": self._frames.copy(),
         }
 
     def restore(self, state: Mapping[str, Array]) -> tuple[Array, list[int]]:
         self._level[:], self._episode[:] = state["level"], state["episode"]
         cuts = np.cumsum(state["length"])[:-1]
-        self._actions = [part.tolist() for part in np.split(state["actions"], cuts)]
+        actions = state["actions"] + self._first_action
+        self._actions = [array("q", part.tolist()) for part in np.split(actions, cuts)]
         frames, lost = np.empty_like(self._frames), []
         for i, env in enumerate(self._envs):
             frame = env.reset(seed=int(self._level[i]))[0]
-            for action in self._actions[i]:
-                frame = env.step(action + self._first_action)[0]
+            for action in np.array(self._actions[i]):
+                frame = env.step(action)[0]
             frames[i] = self._encode(frame)
             if not np.array_equal(frames[i], state["frames"][i]):
                 lost.append(i)
