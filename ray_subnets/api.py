@@ -80,8 +80,8 @@ def ensemble(
         train: inputs `(N, *shape)` and integer labels `(N,)` from 0 to C - 1: tensors or arrays
             `(x, y)`, a `torch.utils.data.Dataset` of such pairs, or a `DataLoader` of one.
             Tensors and `TensorDataset` stay in memory and are what the network sees: floating
-            point, or uint8 images with `preprocess`. Other data sets are read anew in each epoch,
-            with fresh random transforms, whose draws follow from `seed`.
+            point or whole numbers, or uint8 images with `preprocess`. Other data sets are read anew
+            in each epoch, with fresh random transforms, whose draws follow from `seed`.
         val: the same, of other samples: fitness, selection and temperature come from it.
         method: `Noisy(...)`, `Sparse(...)`, `Stochastic(...)`, or a list of them.
         head: what the network's outputs are. `classes`: logits `(N, C)`. For regression of one

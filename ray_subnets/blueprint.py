@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ray_subnets.inputs import made_up
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile` or DataParallel."""
@@ -89,14 +91,16 @@ class Blueprint:
         return Blueprint(_copied(model, memo))
 
     @staticmethod
-    def tried(model: nn.Module, input_shape: Sequence[int]) -> Blueprint | None:
+    def tried(
+        model: nn.Module, input_shape: Sequence[int], input_dtype: torch.dtype = torch.float32
+    ) -> Blueprint | None:
         """Of a network whose copy computes what it does; None: of another kind.
 
         A function that holds on to the module it was made in still asks that one when it is copied.
 
         Args:
             model: its weights are changed while it is tried.
-            input_shape: of one sample.
+            input_shape, input_dtype: of one sample.
         """
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         nothing = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
@@ -106,7 +110,7 @@ class Blueprint:
             other = made.build().to(device)
             other.load_state_dict(state)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+                x = made_up(2, input_shape, input_dtype, torch.Generator().manual_seed(0))
                 expected = model.eval()(x.to(device))
                 model.load_state_dict(nothing)
                 same = torch.equal(expected, other.eval()(x.to(device)))

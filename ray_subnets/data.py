@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.items import Items
 from ray_subnets.recipes import derive
 from ray_subnets.streaming import ImageFiles, Sample
@@ -22,8 +23,8 @@ from ray_subnets.streaming import ImageFiles, Sample
 
 @dataclass(frozen=True)
 class Split:
-    """`images` `(N, *shape)`: uint8 or floating point, or files of them, or samples of a torch data
-    set; `labels` `(N,)`: int64, or float32 targets of regression."""
+    """`images` `(N, *shape)`: uint8, floating point or whole numbers, or files of images, or
+    samples of a torch data set; `labels` `(N,)`: int64, or float32 targets of regression."""
 
     images: Tensor | ImageFiles | Items
     labels: Tensor
@@ -43,7 +44,8 @@ class Preprocess:
     """From stored images to network input.
 
     uint8 images are divided by 255, then `(x - mean) / std` per channel. Floating-point inputs are
-    taken as they are: the network's own input, already normalised.
+    taken as they are: the network's own input, already normalised. So are whole numbers (of words,
+    of categories), as int64.
     """
 
     mean: tuple[float, ...] = ()
@@ -52,6 +54,8 @@ class Preprocess:
     def __call__(self, images: Tensor) -> Tensor:
         if images.is_floating_point():
             return images.float()
+        if is_whole(images):
+            return images.to(WHOLE)
         shape = (1, -1) + (1,) * (images.dim() - 2)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
         std = torch.tensor(self.std, device=images.device).view(shape)
@@ -77,6 +81,12 @@ class Data:
     @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.train.images.shape[1:])
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What the network sees: float32, or int64 of whole numbers."""
+        stored = self.train.images.dtype
+        return torch.float32 if stored.is_floating_point or stored == torch.uint8 else WHOLE
 
     def to(self, device: torch.device) -> Data:
         validation = self.validation.to(device)
@@ -158,6 +168,19 @@ def check(data: Data) -> Data:
         check_split(name, split, data.num_classes)
         check_alike(name, split, data.train)
     return data
+
+
+def farthest(data: Data) -> dict[str, Tensor]:
+    """Split -> the samples `(n, *shape)` with its smallest and its largest whole number, by which a
+    network shows whether it knows all; empty for other inputs, or those that are not in memory."""
+    found = {}
+    for name in ("train", "validation", "test"):
+        images = getattr(data, name).images
+        if isinstance(images, Tensor) and is_whole(images):
+            flat = images.flatten(1)
+            rows = torch.stack([flat.amin(1).argmin(), flat.amax(1).argmax()]).unique()
+            found[name] = images[rows]
+    return found
 
 
 def bagged(data: Data, fraction: float, seed: int) -> Data:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
 from ray_subnets.imagefolders import Reader, View, read_folders, read_imagenet
+from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.items import Items
 from ray_subnets.models import import_path
 from ray_subnets.streaming import ImageFiles
@@ -69,7 +70,7 @@ def hold_out(split: Split, count: int, seed: int, name: str = "training") -> tup
 def statistics(images: Tensor | ImageFiles | Items) -> Preprocess:
     """Per-channel mean and standard deviation of uint8 images `(N, C, ...)`, scaled to [0, 1]."""
     assert isinstance(images, Tensor), "files come with their mean and standard deviation"
-    if images.is_floating_point():
+    if images.is_floating_point() or is_whole(images):
         return Preprocess()
     channels = images.transpose(0, 1).flatten(1).double() / 255
     std = channels.std(1).clamp_min(1e-6)
@@ -172,7 +173,8 @@ def _arrays(options: Options) -> Loaded:
     """Your own: an .npz with train_images, train_labels, test_images, test_labels.
 
     Images `(N, H, W)`, `(N, C, H, W)` or features `(N, D)`; uint8, or floats that are already what
-    the network should see. Optional validation_images and validation_labels.
+    the network should see, or whole numbers that it looks up: of words `(N, L)`, of categories.
+    Optional validation_images and validation_labels.
     """
     if options.root is None:
         raise ValueError("data.root: the path of the .npz file is needed for data set 'npz'")
@@ -190,12 +192,18 @@ def _arrays(options: Options) -> Loaded:
             if f"{name}_{kind}" not in arrays:
                 raise ValueError(f"data.root: {path} has no array {name}_{kind!s}")
         images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
-        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"data.root: {name}_images must be uint8 or float, not {images.dtype}")
+        if not (
+            np.issubdtype(images.dtype, np.floating) or np.issubdtype(images.dtype, np.integer)
+        ):
+            raise ValueError(
+                f"data.root: {name}_images must be uint8, float or whole numbers, not "
+                f"{images.dtype}"
+            )
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
             raise ValueError(f"data.root: {name}_labels must be a 1-D integer array")
-        tensor = torch.from_numpy(images)
-        if tensor.dim() == 3:
+        whole = np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8
+        tensor = torch.from_numpy(images.astype(np.int64) if whole else images)
+        if tensor.dim() == 3 and not whole:
             tensor = tensor[:, None]
         if tensor.is_floating_point():
             tensor = tensor.float()
@@ -381,14 +389,20 @@ def _read(name: str, options: Options, given: Mapping[str, Any]) -> Loaded | Dat
         return loaded
     try:
         (train_x, train_y), (test_x, test_y) = loaded
-        train = Split(torch.as_tensor(train_x), torch.as_tensor(train_y).long())
-        test = Split(torch.as_tensor(test_x), torch.as_tensor(test_y).long())
+        train = Split(_given(train_x), torch.as_tensor(train_y).long())
+        test = Split(_given(test_x), torch.as_tensor(test_y).long())
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"data: {name!r} must return ray_subnets.Data or "
             "((train_images, train_labels), (test_images, test_labels))"
         ) from None
     return train, test, {}
+
+
+def _given(x: Any) -> Tensor:
+    """Whole numbers of any type as int64."""
+    tensor = torch.as_tensor(x)
+    return tensor.to(WHOLE) if is_whole(tensor) else tensor
 
 
 def _check_augmentation(train: Split, crop: int, flip: bool) -> None:

@@ -190,6 +190,7 @@ def _finished(network: nn.Module, begun: Student, data: Data) -> tuple[Ensemble,
         preprocess=data.preprocess,
         origin=begun.keep(network) if begun.keep else None,
         input_shape=data.input_shape,
+        input_dtype=data.input_dtype,
     ).to(device)
     told = {}
     for name in ("validation", "test"):

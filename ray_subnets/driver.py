@@ -19,7 +19,7 @@ from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.combining import greedy, right_class
 from ray_subnets.config import GIVEN, Config
-from ray_subnets.data import Data
+from ray_subnets.data import Data, farthest
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.pools import Pool
@@ -59,6 +59,7 @@ def build(config: Config, data: Data) -> nn.Module:
         config.model.options,
         seed=0,
         channels_last=config.resources.channels_last,
+        input_dtype=data.input_dtype,
     )
     check(config, data, model)
     return model
@@ -75,6 +76,7 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
             f"head: {config.head}, but labels of {data.name} are {data.train.labels.dtype}; "
             "regression is done in Python: ray_subnets.ensemble(..., head=...)"
         )
+    _check_known(model, data)
     for job in config.solve_jobs():
         check_target(job.kl_target, data.num_classes)
     seen = set()
@@ -82,7 +84,23 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
         key = (spec.mask_classifier, spec.structure if spec.structure in KINDS else "weight")
         if key not in seen:
             seen.add(key)
-            anatomy(model, spec, data.input_shape)
+            anatomy(model, spec, data.input_shape, data.input_dtype)
+
+
+@torch.no_grad()
+def _check_known(model: nn.Module, data: Data) -> None:
+    """Does the network know all whole numbers in the data?"""
+    training = model.training
+    model.eval()
+    for name, x in farthest(data).items():
+        try:
+            model(x)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"data: {name} has whole numbers from {int(x.min())} to {int(x.max())}, and the "
+                f"network does not take all of them: {str(error).partition(chr(10))[0]}"
+            ) from None
+    model.train(training)
 
 
 def given_weights(config: Config, data: Data, model: nn.Module) -> dict[str, Tensor] | None:
@@ -136,7 +154,7 @@ def prepare(
         model = build(config, data)
     else:
         check(config, data, model := network.build())
-    cost = forward_cost(model, data.input_shape)
+    cost = forward_cost(model, data.input_shape, data.input_dtype)
     if config.weights is not None and not folder.exists(GIVEN):
         folder.save_tensors(GIVEN, weights or given_weights(config, data, model) or {})
     folder.write(CONFIG, config.to_yaml().encode())
@@ -344,6 +362,7 @@ def describe_data(data: Data) -> dict[str, Any]:
         "validation": len(data.validation),
         "test": len(data.test),
         "input_shape": list(data.input_shape),
+        **({} if data.input_dtype.is_floating_point else {"input_dtype": "int64"}),
         ("outputs" if data.train.labels.is_floating_point() else "num_classes"): data.num_classes,
     }
 

@@ -16,6 +16,7 @@ from ray_subnets.batched import Batched, Unlike, faster
 from ray_subnets.combining import Running, combine
 from ray_subnets.data import Preprocess
 from ray_subnets.exporting import TOLERANCE, Exported, export
+from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.metrics import scaled, temperature_of
 from ray_subnets.regression import columns
 
@@ -58,9 +59,9 @@ class Origin(Protocol):
 class Ensemble(nn.Module):
     """Networks that answer together; one of them may be several members.
 
-    Call it with network inputs `(N, *shape)`: floating point as the networks were trained on, or
-    uint8 images, which are scaled and normalised as in training. It returns probabilities
-    `(N, C)` float32.
+    Call it with network inputs `(N, *shape)`: floating point or whole numbers as the networks were
+    trained on, or uint8 images, which are scaled and normalised as in training. It returns
+    probabilities `(N, C)` float32.
 
     Attributes:
         ids: of the members, in their order.
@@ -74,6 +75,7 @@ class Ensemble(nn.Module):
             one member at a time.
         head: what members' outputs are, `regression.Head`; other than `classes` for a `Regressor`.
         input_shape: of one input, `(C, H, W)` for images; None if it is not known.
+        input_dtype: of what the networks see: float32, or int64 of whole numbers.
         record: what was measured when it was made (the run's `result.json`), if that is known.
     """
 
@@ -89,6 +91,7 @@ class Ensemble(nn.Module):
         calibrated: bool = False,
         origin: Origin | None = None,
         input_shape: Sequence[int] | None = None,
+        input_dtype: torch.dtype = torch.float32,
         batched: bool | None = False,
         head: str = "classes",
     ) -> None:
@@ -103,6 +106,7 @@ class Ensemble(nn.Module):
         self.calibrated = calibrated
         self.origin = origin
         self.input_shape = tuple(input_shape) if input_shape is not None else None
+        self.input_dtype = input_dtype
         self.batched = batched
         self.head = head
         self.record: dict[str, Any] | None = None
@@ -281,6 +285,7 @@ class Ensemble(nn.Module):
                 weights=[self.weights[place] for place in places] if self.weights else None,
                 origin=self.origin,
                 input_shape=self.input_shape,
+                input_dtype=self.input_dtype,
                 batched=self.batched,
                 head=self.head,
             )
@@ -322,7 +327,8 @@ class Ensemble(nn.Module):
                 `pip install 'ray_subnets[export]'`).
             x: inputs to compare on, beside random ones; their type is what the file takes.
             dtype: what the file takes: `torch.uint8` images, which it normalises itself, or
-                `torch.float32` network inputs. Default: what the networks were trained on.
+                network inputs, `torch.float32` or `torch.int64` as the networks see. Default: what
+                the networks were trained on.
             tolerance: largest difference of a probability that is allowed.
 
         Raises:
@@ -339,13 +345,16 @@ class Ensemble(nn.Module):
             raise ValueError("export: give inputs x; what networks made by hand take is not known")
         else:
             shape = self.input_shape
-        dtype = dtype or (torch.uint8 if self.preprocess.mean else torch.float32)
-        if dtype not in (torch.uint8, torch.float32):
-            raise ValueError(f"export: inputs are torch.uint8 or torch.float32, not {dtype}")
+        seen = self.input_dtype
+        if x is not None and self.input_shape is None and is_whole(x):
+            seen = WHOLE  # networks made by hand: what they take was not known
+        dtype = dtype or (torch.uint8 if self.preprocess.mean else seen)
+        if dtype not in (torch.uint8, seen):
+            raise ValueError(f"export: inputs are torch.uint8 or {seen}, not {dtype}")
         if x is not None and x.dtype != dtype:
             raise ValueError(f"export: x is {x.dtype} and dtype says {dtype}")
         if dtype == torch.uint8 and not self.preprocess.mean:
-            raise ValueError("export: it was made of float inputs; dtype=torch.float32")
+            raise ValueError(f"export: it was not made of images; dtype={seen}")
         if self.calibrated:
             self.answer(torch.full((1, 2), 0.5))  # is there a temperature?
         whole = type(self)(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import storage
+from ray_subnets.inputs import made_up
 
 TOLERANCE = 1e-5
 """largest difference of a probability that is still called equal"""
@@ -158,12 +159,7 @@ def _plain(model: nn.Module) -> nn.Module:
 def _batches(shape: tuple[int, ...], dtype: torch.dtype, x: Tensor | None) -> list[Tensor]:
     """Random inputs of several batch sizes, and those that were given."""
     generator = torch.Generator().manual_seed(0)
-    found = []
-    for n in _CHECKED:
-        if dtype == torch.uint8:
-            found.append(torch.randint(0, 256, (n, *shape), generator=generator, dtype=dtype))
-        else:
-            found.append(torch.randn(n, *shape, generator=generator))
+    found = [made_up(n, shape, dtype, generator) for n in _CHECKED]
     return found if x is None else [*found, x.cpu()]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +39,21 @@ class Cost:
         )
 
 
-def forward_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+def forward_cost(
+    model: nn.Module, input_shape: Sequence[int], input_dtype: torch.dtype = torch.float32
+) -> Cost:
     """Count one forward pass in evaluation mode. Normalisation and activations are not counted."""
     training = model.training
     device = next(model.parameters()).device
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *input_shape, device=device))
+        with (
+            torch.no_grad(),
+            _unfused(),
+            _attention(model) as projections,
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(torch.zeros(1, *input_shape, dtype=input_dtype, device=device))
     finally:
         model.train(training)
     counts = counter.get_flop_counts()
@@ -53,7 +64,49 @@ def forward_cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         if isinstance(getattr(module, "weight", None), nn.Parameter) and name
     }
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return Cost(counter.get_total_flops(), by_weight, sum(sizes.values()), sizes)
+    return Cost(counter.get_total_flops(), by_weight | projections, sum(sizes.values()), sizes)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Attention as operations that the counter knows, and not as one that it does not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _attention(model: nn.Module) -> Iterator[dict[str, int]]:
+    """FLOPs of the projections of `nn.MultiheadAttention`, by weight: it multiplies with them
+    itself, and not by a layer that owns them. Filled as the model is called."""
+    found: dict[str, int] = {}
+
+    def count(name: str, module: Any, given: Any, named: Mapping[str, Any]) -> None:
+        inputs = inspect.signature(nn.MultiheadAttention.forward).bind(None, *given, **named)
+        q, k, v = (inputs.arguments[one].shape[:-1].numel() for one in ("query", "key", "value"))
+        square = module.embed_dim**2
+        if module.in_proj_weight is not None:
+            costs = {"in_proj_weight": (q + k + v) * square}
+        else:
+            costs = {
+                "q_proj_weight": q * square,
+                "k_proj_weight": k * module.kdim * module.embed_dim,
+                "v_proj_weight": v * module.vdim * module.embed_dim,
+            }
+        for weight, products in {**costs, "out_proj.weight": q * square}.items():
+            key = f"{name}.{weight}" if name else weight
+            found[key] = found.get(key, 0) + 2 * products
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                hook = partial(count, name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield found
 
 
 def training_flops(forward: float, images: int) -> float:

@@ -145,7 +145,7 @@ def _plan(config: Config, target: str, serial: bool, address: str | None) -> Non
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     data = driver.load_data(config)
-    cost = forward_cost(driver.build(config, data), data.input_shape)
+    cost = forward_cost(driver.build(config, data), data.input_shape, data.input_dtype)
     nodes = [Node(os.cpu_count() or 1, torch.cuda.device_count())]
     joined = address_or_head(address)
     if joined and not serial:

@@ -42,6 +42,8 @@ class Kind(Section):
 
     model: ModelSection
     input_shape: tuple[int, ...]
+    input_dtype: Literal["float32", "int64"] = "float32"
+    """of what networks see"""
     head: Head = "classes"
     num_classes: Annotated[int, Field(ge=1)]
     """outputs for each sample, if the head is for regression"""
@@ -49,6 +51,16 @@ class Kind(Section):
     std: tuple[float, ...]
     channels_last: bool = True
     """memory format of networks that are not built by name"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.input_dtype)
+        return found
+
+
+def dtype_name(data: Data) -> Literal["float32", "int64"]:
+    """As `Kind.input_dtype` has it."""
+    return "float32" if data.input_dtype.is_floating_point else "int64"
 
 
 class EnsembleRecord(Kind):
@@ -104,6 +116,7 @@ def write(
         format=1,
         model=config.model,
         input_shape=data.input_shape,
+        input_dtype=dtype_name(data),
         num_classes=data.num_classes,
         mean=data.preprocess.mean,
         std=data.preprocess.std,
@@ -245,6 +258,7 @@ def load(
         calibrated=calibrated,
         origin=Saved(folder, record, build, keep),
         input_shape=record.input_shape,
+        input_dtype=record.dtype,
         batched=batched if isinstance(record, EnsembleRecord) else False,
         head=record.head,
     )
@@ -289,7 +303,8 @@ def _builder(
             )
         try:
             shape, classes = record.input_shape, record.num_classes
-            model = Blueprint.of(models.build(name, shape, classes, options, seed=0))
+            made = models.build(name, shape, classes, options, seed=0, input_dtype=record.dtype)
+            model = Blueprint.of(made)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; {folder.mend}") from None
         return model.build
@@ -316,8 +331,8 @@ def _member(
         load_weights(network, parent, f"{source}: {record.parent.file}")
         return network
     member = record.members[number - record.include_parent]
-    shape = record.input_shape
-    return restore(folder, network, parent, member.recipe, member.weights, source, shape)
+    recipe, takes = member.recipe, (record.input_shape, record.dtype)
+    return restore(folder, network, parent, recipe, member.weights, source, *takes)
 
 
 def write_method(
@@ -336,6 +351,7 @@ def write_method(
         format=2,
         model=model,
         input_shape=data.input_shape,
+        input_dtype=dtype_name(data),
         num_classes=data.num_classes,
         mean=data.preprocess.mean,
         std=data.preprocess.std,

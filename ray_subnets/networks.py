@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ray_subnets import blueprint, models
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.data import Preprocess
+from ray_subnets.inputs import described
 from ray_subnets.regression import OUTPUTS
 from ray_subnets.sources import Source
 from ray_subnets.stored import load_weights
@@ -55,16 +56,21 @@ def examined(
         ) from None
     images = val.split.images[torch.arange(min(2, len(val.split)))]
     inputs = next(iter(images.split(2))).cpu()
-    if preprocess is not None or inputs.is_floating_point():
-        inputs = (preprocess or Preprocess())(inputs)
-    classes = _outputs(trial, inputs.float(), head)
+    if inputs.dtype == torch.uint8 and preprocess is None:
+        inputs = inputs.float()
+    inputs = (preprocess or Preprocess())(inputs)
+    classes = _outputs(trial, inputs, head)
     if architecture is None:
         kind = {"name": models.GIVEN, "type": blueprint.describe(model)}
         return network, weights, kind, classes
     called = named(architecture, "architecture")
     options = {key: value for key, value in called.items() if key != "name"}
     try:
-        built = models.build(called["name"], inputs.shape[1:], classes, options, seed=0)
+        built = models.build(
+            *(called["name"], inputs.shape[1:], classes, options),
+            seed=0,
+            input_dtype=inputs.dtype,
+        )
         load_weights(built, weights, "the model's")
     except ValueError as error:
         text = str(error).removeprefix("model: ")
@@ -101,16 +107,15 @@ def _outputs(model: nn.Module, inputs: Tensor, head: str) -> int:
         output = model.eval()(inputs)
     except Exception as error:  # whatever a stranger's forward raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"model: it does not take inputs of shape {tuple(inputs.shape[1:])}: {reason}"
-        ) from None
+        raise ValueError(f"model: it does not take {described(inputs)}: {reason}") from None
     if head != "classes":
         _check_head(output, len(inputs), head)
     elif not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(inputs):
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        hint = "; a module around it can return its .logits" if hasattr(output, "logits") else ""
         raise ValueError(
             f"model: it gives {what} for {len(inputs)} inputs; it must return logits "
-            f"({len(inputs)}, C)"
+            f"({len(inputs)}, C){hint}"
         )
     elif output.shape[1] < 2:
         raise ValueError(

@@ -216,7 +216,7 @@ def _child(config: Config, data: Data, cost: Cost, spec: ChildSpec) -> tuple[int
     """Bytes of the stored child, bytes of its checkpoint, FLOPs of one forward pass."""
     model = driver.build(config, data)
     parent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    body = anatomy(model, spec, data.input_shape)
+    body = anatomy(model, spec, data.input_shape, data.input_dtype)
     sub = subnetwork(spec, body, parent) if METHODS[spec.method].prunes else Subnetwork({})
     dense = _state_bytes(model, spec.training)
     model = without_removed(model, spec, sub, body)

@@ -204,6 +204,7 @@ class Worker:
             task.model_options,
             seed,
             channels_last=task.channels_last,
+            input_dtype=data.input_dtype,
         )
         return model.to(self.device)
 
@@ -219,8 +220,9 @@ class Worker:
     @cached_property
     def _outline(self) -> Blueprint | None:
         """Of a network that is built by name, if that can be copied."""
-        given = self.network is not None
-        return None if given else Blueprint.tried(self.build(seed=0), self.data.input_shape)
+        if self.network is not None:
+            return None
+        return Blueprint.tried(self.build(seed=0), self.data.input_shape, self.data.input_dtype)
 
     def _run(self, job: Job) -> Generator[Epoch | Note, None, Result]:
         """Train; the generator's return value is the result without its timing."""
@@ -287,7 +289,8 @@ class Worker:
         """What may be left out of the run's network; found once for each kind of recipe."""
         key = (spec.mask_classifier, spec.structure)
         if key not in self._anatomies:
-            self._anatomies[key] = anatomy(model, spec, self.data.input_shape)
+            data = self.data
+            self._anatomies[key] = anatomy(model, spec, data.input_shape, data.input_dtype)
         return self._anatomies[key]
 
     def train(

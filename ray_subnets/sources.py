@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from ray_subnets.data import Data, Preprocess, Split, check_alike, check_split
+from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.items import Items, as_input, read
 
 AT_ONCE = 2**30  # bytes of validation or test inputs that are read once and kept in memory
@@ -122,10 +123,12 @@ def _in_memory(x: Any, y: Any, real: bool) -> Split:
 def _inputs(x: Tensor) -> Tensor:
     if x.is_floating_point():
         return x.float()
+    if is_whole(x):
+        return x.to(WHOLE)
     if x.dtype != torch.uint8:
         raise ValueError(
-            f"inputs are {x.dtype}; they must be floating point, as the network takes them, or "
-            "uint8 images with preprocess=Preprocess(mean, std)"
+            f"inputs are {x.dtype}; they must be floating point or whole numbers, as the network "
+            "takes them, or uint8 images with preprocess=Preprocess(mean, std)"
         )
     return x
 

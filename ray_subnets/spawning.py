@@ -41,7 +41,12 @@ class Anatomy:
     """neurons and channels that can be removed; only for structured recipes"""
 
 
-def anatomy(model: nn.Module, spec: ChildSpec, input_shape: Sequence[int] | None) -> Anatomy:
+def anatomy(
+    model: nn.Module,
+    spec: ChildSpec,
+    input_shape: Sequence[int] | None,
+    input_dtype: torch.dtype = torch.float32,
+) -> Anatomy:
     """Of `model`, as far as `spec` needs it.
 
     Raises:
@@ -53,7 +58,9 @@ def anatomy(model: nn.Module, spec: ChildSpec, input_shape: Sequence[int] | None
         return Anatomy(shapes, parameters)
     if input_shape is None:
         raise ValueError("input_shape: needed to find the units of a network; give it to spawn")
-    units = structured.coupled_units(model, input_shape, classifier=spec.mask_classifier)
+    units = structured.coupled_units(
+        model, input_shape, input_dtype, classifier=spec.mask_classifier
+    )
     if not any(one.kinds <= KINDS[spec.structure] for one in units):
         raise ValueError(
             f"structure: this network has no {spec.structure} that could be removed; use "
@@ -329,12 +336,15 @@ def without_removed(model: nn.Module, spec: ChildSpec, sub: Subnetwork, body: An
 
 
 def spawn(
-    parent: nn.Module, spec: ChildSpec, input_shape: Sequence[int] | None = None
+    parent: nn.Module,
+    spec: ChildSpec,
+    input_shape: Sequence[int] | None = None,
+    input_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A new network: the child `spec` of `parent`, before tuning, on the parent's device.
 
     Args:
-        input_shape: of one sample; needed where neurons or channels are removed.
+        input_shape, input_dtype: of one sample; needed where neurons or channels are removed.
 
     Example:
         >>> parent = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -342,7 +352,7 @@ def spawn(
         >>> int((spawn(parent, spec)[0].weight == 0).sum())
         16
     """
-    body = anatomy(parent, spec, input_shape)
+    body = anatomy(parent, spec, input_shape, input_dtype)
     weights = {name: tensor.detach().cpu() for name, tensor in parent.state_dict().items()}
     child = copy.deepcopy(parent)
     spawned = spawn_weights(weights, body, spec)

@@ -242,6 +242,7 @@ def restore(
     stored: Stored | None,
     source: str,
     input_shape: Sequence[int],
+    input_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """The finished child `spec`, from its file, or from the recipe alone.
 
@@ -255,7 +256,7 @@ def restore(
     where = f"{source}: {stored.file if stored else spec.id}"
     packed = folder.load_tensors(stored) if stored else {}
     try:
-        body = anatomy(model, spec, input_shape)
+        body = anatomy(model, spec, input_shape, input_dtype)
         if not spec.epochs:
             child = spawn_weights(parent, body, replace(spec, training=None))
             model.load_state_dict(child.weights)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ray_subnets.inputs import made_up
 from ray_subnets.units import (
     KINDS,
     Coupled,
@@ -150,7 +151,11 @@ def _check_target(name: str, target: Any, rows: bool) -> int:
 
 
 def coupled_units(
-    model: nn.Module, input_shape: Sequence[int], *, classifier: bool = False
+    model: nn.Module,
+    input_shape: Sequence[int],
+    input_dtype: torch.dtype = torch.float32,
+    *,
+    classifier: bool = False,
 ) -> list[Coupled]:
     """The removable units of a network, in registration order of their first producing layer.
 
@@ -160,7 +165,7 @@ def coupled_units(
     sample, on the CPU in double precision; to be called once per architecture.
 
     Args:
-        input_shape: of one sample, without the batch.
+        input_shape, input_dtype: of one sample, without the batch.
 
     Raises:
         ValueError: the network cannot be traced, shares weights between layers, nothing is
@@ -171,7 +176,8 @@ def coupled_units(
         raise _refuse(model, "layers share weights")
     twin = copy.deepcopy(model).cpu().double().requires_grad_(True).eval()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *input_shape, generator=generator, dtype=torch.float64)
+    kind = torch.float64 if input_dtype.is_floating_point else input_dtype
+    x = made_up(1, input_shape, kind, generator)
     try:
         if not isinstance(twin(x), Tensor):
             raise TypeError("its output is not one tensor")
@@ -340,6 +346,9 @@ class Constant(nn.Module):
         assert isinstance(layer, _PRODUCER)
         self.bias = layer.bias
         self.outputs = layer.weight.shape[0]
+        self._shape = layer.weight.shape
+        # Goes where the network goes.
+        self.register_buffer("_zero", layer.weight.detach().new_zeros(()), persistent=False)
         self.window: list[tuple[int, int, int]] | None = None  # padding, reach, stride by dimension
         if not isinstance(layer, nn.Linear):
             spread = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
@@ -349,6 +358,11 @@ class Constant(nn.Module):
                 (dilation * (size - 1) if same else 2 * int(pad), dilation * (size - 1) + 1, stride)
                 for (size, dilation, stride), pad in zip(spread, padding, strict=True)
             ]
+
+    @property
+    def weight(self) -> Tensor:
+        """Zeros, for modules that do not call the layer but take its weight, as attention does."""
+        return self.get_buffer("_zero").expand(self._shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shaped as the layer's output. A real tensor, not a view: what follows may write to it."""

@@ -16,7 +16,13 @@ from ray_subnets.config import ModelSection
 from ray_subnets.data import Data
 from ray_subnets.ensembles import Ensemble
 from ray_subnets.masks import Masks
-from ray_subnets.members import EnsembleRecord, MemberRecord, MethodRecord, Saved
+from ray_subnets.members import (
+    EnsembleRecord,
+    MemberRecord,
+    MethodRecord,
+    Saved,
+    dtype_name,
+)
 from ray_subnets.recipes import Stored, Training, derive
 from ray_subnets.sources import Source
 from ray_subnets.spawning import METHODS, anatomy, removable, subnetwork
@@ -107,6 +113,7 @@ def begin(
             network = models.build(
                 *(name["name"], data.input_shape, data.num_classes, options),
                 seed=derive(seed, "student"),
+                input_dtype=data.input_dtype,
             )
         except ValueError as error:
             text = str(error).removeprefix("model: ")
@@ -150,7 +157,7 @@ def _member(ensemble: Ensemble, data: Data, id: str, training: Training, seed: i
     spec = replace(
         found[0], id=ID, training=training, training_seed=derive(seed, "distill"), bag=1.0
     )
-    body = anatomy(origin.build(), spec, record.input_shape)
+    body = anatomy(origin.build(), spec, record.input_shape, record.dtype)
     magnitudes = spec.criterion == "magnitude"
     sub = subnetwork(spec, body, folder.load_tensors(record.parent) if magnitudes else {})
     masks = sub.masks
@@ -189,6 +196,7 @@ def _whole(
             format=2,
             model=model,
             input_shape=data.input_shape,
+            input_dtype=dtype_name(data),
             num_classes=data.num_classes,
             mean=data.preprocess.mean,
             std=data.preprocess.std,

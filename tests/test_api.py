@@ -309,7 +309,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train": (X, Y, Y)}, r"train: must be tensors \(x, y\), .*, not tuple of 3"),
     ({"train": (X, Y[:5])}, "train: has 96 images and 5 labels"),
     ({"train": (X, Y.float())}, "train: labels are torch.float32; .*for regression say head="),
-    ({"train": (X.long(), Y)}, "train: inputs are torch.int64"),
+    ({"train": (X > 0, Y)}, "train: inputs are torch.bool"),
     ({"train": (X[:0], Y[:0])}, "train: .*empty"),
     ({"train": (X * torch.nan, Y)}, "train: has 96 samples with NaN"),
     ({"train": (X, -Y)}, "train: label -1"),

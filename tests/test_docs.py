@@ -7,9 +7,11 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 import ray_subnets
@@ -63,6 +65,18 @@ def test_the_walk_runs(
     assert noisy.record["trust_region"][0]["kl"] == pytest.approx(0.02, rel=0.02)
     assert len(ray_subnets.load_cascade("digits_cascade", model=scope["model"]).ensemble) == 8
     assert "of 8 members asked" in capsys.readouterr().out
+
+
+def test_the_page_on_text_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for code in blocks(DOCS / "text.md", "python"):
+        exec(code, scope)
+    truth, p = scope["truth"], scope["p"]
+    assert float((p.argmax(1) == truth).float().mean()) > 0.8
+    given: Any = SimpleNamespace(logits=torch.ones(2, 3))
+    logits = scope["Logits"](lambda input_ids, attention_mask: given)
+    assert logits(torch.zeros(2, 4, dtype=torch.int64)).shape == (2, 3)
 
 
 def test_the_regression_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

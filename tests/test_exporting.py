@@ -223,7 +223,7 @@ def test_what_is_not_known_is_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         ValueError, match=r"export: x is torch\.float32 and dtype says torch\.uint8"
     ):
         ensemble.export(tmp_path / "e.pt2", x, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="export: it was made of float inputs"):
+    with pytest.raises(ValueError, match="export: it was not made of images"):
         ensemble.export(tmp_path / "e.pt2", x.byte())
     ensemble.calibrated = True
     with pytest.raises(ValueError, match="calibrated: no temperature was fitted"):

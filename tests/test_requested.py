@@ -56,6 +56,32 @@ def test_lists_and_files_give_the_same_samples() -> None:
         np.testing.assert_array_equal(found, x)
 
 
+WORDS = Terms((3,), images=False, max_bytes=5000, max_samples=4, whole=True)
+
+
+def test_whole_numbers_where_networks_see_those() -> None:
+    ids = np.array([[0, 5, 2**40], [1, 2, -3]])
+    for body, kind in (
+        (json.dumps({"inputs": ids.tolist()}).encode(), "application/json"),
+        (npy(ids), "application/x-npy"),
+        (npy(ids.astype(">i8")), "application/x-npy"),
+    ):
+        found = read(body, kind, WORDS)
+        assert found.dtype == np.int64
+        assert found.tolist() == ids.tolist()
+    small = read(npy(np.ones((1, 3), np.uint8)), "application/x-npy", WORDS)
+    assert small.dtype == np.int64, "not images"
+    for body, kind in (
+        (b'{"inputs": [[1, 2, 3.5]]}', "application/json"),
+        (b'{"inputs": [[1, 2, 18446744073709551615]]}', "application/json"),
+        (npy(ones(1, 3)), "application/x-npy"),
+        (npy(np.full((1, 3), 2**64 - 1, np.uint64)), "application/x-npy"),
+    ):
+        refused = refusal(body, kind, WORDS)
+        assert refused.status == 400
+        assert "whole numbers" in refused.reason
+
+
 def test_images_are_whole_numbers() -> None:
     images = np.arange(12, dtype=np.uint8).reshape(2, 1, 2, 3) * 20
     for body, kind in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -63,6 +65,41 @@ def test_mistakes_are_told_before_ray_starts(
     assert says in answer.stderr
     assert answer.stderr.count("\n") == 1
     assert "starting Ray" not in answer.stderr
+
+
+def test_who_sent_what_networks_do_not_take_is_told_and_nobody_else(
+    ensemble: rs.Ensemble, inputs: torch.Tensor
+) -> None:
+    """In this process: requests that a replica answers together."""
+    from ray_subnets.distributed import serving as replicas
+    from ray_subnets.serving.requested import Refused
+
+    class Picky(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if (x > 1e6).any():
+                raise IndexError("index out of range in self\nand more")
+            return x.flatten(1)[:, :3]
+
+    one = object.__new__(replicas.Replica)
+    one._batch, one._preprocess = 8, ensemble.preprocess
+    one._what = rs.Ensemble([Picky()], ids=["a"], preprocess=ensemble.preprocess)
+    good, bad = inputs[:2].numpy(), inputs[:1].numpy() + 1e7
+    answers = one._answered([good, bad, good[:1]])
+    assert [one["class"].tolist() for one in (answers[0], answers[2])] == [
+        inputs[:2].flatten(1)[:, :3].argmax(1).tolist(),
+        inputs[:1].flatten(1)[:, :3].argmax(1).tolist(),
+    ]
+    assert set(answers[1]) == {"refused"}
+
+    async def ask(part: np.ndarray[Any, Any]) -> dict[str, Any]:
+        return one._answered([part])[0]
+
+    service = replicas.Service(handle=None, batch=8)
+    service._ask = ask  # type: ignore[method-assign]
+    assert asyncio.run(service.ask(good))["class"].shape == (2,)
+    with pytest.raises(Refused, match=r"do not take them: index out of range in self$") as refused:
+        asyncio.run(service.ask(bad))
+    assert refused.value.status == 422
 
 
 def test_what_a_cascade_says(ensemble: rs.Ensemble, inputs: torch.Tensor) -> None:

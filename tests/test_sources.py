@@ -191,7 +191,7 @@ TENSORS = torch_data.TensorDataset(X, Y)
         (Gives((X[0], 0), (X[0] / 0, 1)), "sample 1 has NaN or infinite"),
         (Gives((X[0], 0.5)), "labels are torch.float32.*for regression say head="),
         (Gives((X[0], torch.tensor([0, 1]))), r"a label of shape \(2,\)"),
-        (Gives((X[0].long(), 1)), "inputs are torch.int64"),
+        (Gives((X[0] > 0, 1)), "inputs are torch.bool"),
         (torch_data.DataLoader(TENSORS, batch_size=None), "batches of its own"),
         (
             torch_data.DataLoader(

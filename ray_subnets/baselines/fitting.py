@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets.data import Data
+from ray_subnets.inputs import made_up
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def check_members(model: nn.Module, members: int, data: Data, what: str, fits: s
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, *data.input_shape, generator=generator).to(device)
+    x = made_up(3, data.input_shape, data.input_dtype, generator).to(device)
     try:
         together, alone = model(x), model(x[1:2])
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:

@@ -135,7 +135,7 @@ class MotherNets(Method):
         first, rest = self._phases(bench.budget)
         whole = self.network(bench.build, derive(bench.seed, "weights", 0))
         try:
-            units = structured.coupled_units(whole, bench.data.input_shape)
+            units = structured.coupled_units(whole, bench.data.input_shape, bench.data.input_dtype)
         except ValueError as error:
             reason = str(error).split("(", 1)[-1].rsplit(")", 1)[0]
             raise ValueError(

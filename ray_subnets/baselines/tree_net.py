@@ -17,6 +17,7 @@ from ray_subnets import masks
 from ray_subnets.baselines.fitting import check_members
 from ray_subnets.baselines.method import Bench, Build, Method, Progress, Trained
 from ray_subnets.data import Batch
+from ray_subnets.inputs import made_up
 from ray_subnets.models.wide_resnet import WideResNet
 from ray_subnets.recipes import Count, Training, derive
 from ray_subnets.supervised import Objective
@@ -202,7 +203,9 @@ def _check_apart(model: nn.Module, bench: Bench) -> None:
     """
     assert isinstance(model, Tree)
     model.eval()
-    shared = model.trunk(torch.zeros(1, *bench.data.input_shape, device=bench.device))
+    shared = model.trunk(
+        made_up(1, bench.data.input_shape, bench.data.input_dtype).to(bench.device)
+    )
     version = shared._version
     model.branches[0](shared)
     model.train()

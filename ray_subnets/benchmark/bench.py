@@ -29,7 +29,7 @@ def training_flops(model: nn.Module, objective: Objective | None, data: Data) ->
     """
     device = next(model.parameters()).device
     model = copy.deepcopy(model).train()
-    x = torch.zeros(_SAMPLES, *data.input_shape, device=device)
+    x = torch.zeros(_SAMPLES, *data.input_shape, dtype=data.input_dtype, device=device)
     y = torch.arange(_SAMPLES, device=device) % data.num_classes
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, FlopCounterMode(display=False) as counter:
@@ -93,7 +93,7 @@ class WorkerBench:
         images = yield from self._told(loop)
         kept = 1.0
         if density:
-            cost = forward_cost(model, self.data.input_shape)
+            cost = forward_cost(model, self.data.input_shape, self.data.input_dtype)
             kept = cost.nonzero(density) / max(cost.total, 1)
         self.images += images
         self.flops_dense += per_image * images

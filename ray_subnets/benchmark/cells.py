@@ -185,7 +185,7 @@ class CellWorker(Worker):
         return ids
 
     def _single_cost(self) -> Cost:
-        return forward_cost(self.build(0), self.data.input_shape)
+        return forward_cost(self.build(0), self.data.input_shape, self.data.input_dtype)
 
     def _cost(
         self, bench: WorkerBench, method: Method, trained: Trained, answering: Sequence[nn.Module]
@@ -197,8 +197,11 @@ class CellWorker(Worker):
         # Counted alike: the real backward pass needs no gradient of the input.
         counted = training_flops(self.build(0), None, data) * images
         kept = list(trained.kept) or [{}] * len(answering)
-        costs = [forward_cost(network, data.input_shape) for network in answering]
-        plain = [forward_cost(network, data.input_shape) for network in trained.networks]
+        costs = [forward_cost(network, data.input_shape, data.input_dtype) for network in answering]
+        plain = [
+            forward_cost(network, data.input_shape, data.input_dtype)
+            for network in trained.networks
+        ]
         left = [
             own.nonzero(density) / max(own.total, 1)
             for own, density in zip(plain, kept, strict=True)

@@ -30,8 +30,8 @@ def export(
         typer.Option(
             "--input",
             metavar="TYPE",
-            help="what the file takes: uint8 images or float32 network inputs; default: what the "
-            "networks were trained on",
+            help="what the file takes: uint8 images, or network inputs, float32 or int64 as they "
+            "are; default: what the networks were trained on",
         ),
     ] = None,
 ) -> None:
@@ -45,9 +45,9 @@ def export(
 
     from ray_subnets import members
 
-    types = {"uint8": torch.uint8, "float32": torch.float32}
+    types = {"uint8": torch.uint8, "float32": torch.float32, "int64": torch.int64}
     if dtype is not None and dtype not in types:
-        raise ValueError(f"--input: must be uint8 or float32, not {dtype}")
+        raise ValueError(f"--input: must be uint8, float32 or int64, not {dtype}")
     sys.path.insert(0, str(Path.cwd()))  # the user's own model
     ensemble = members.load(run, calibrated=calibrated)
     written = ensemble.export(to, dtype=types[dtype] if dtype else None)

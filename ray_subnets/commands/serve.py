@@ -146,7 +146,10 @@ def _blueprint(run: str, model: str | None) -> Blueprint | None:
 
     record = members.record_of(run)
     try:
-        return Blueprint.of(models.build(model, record.input_shape, record.num_classes, {}, seed=0))
+        made = models.build(
+            *(model, record.input_shape, record.num_classes, {}), seed=0, input_dtype=record.dtype
+        )
+        return Blueprint.of(made)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
 
@@ -170,7 +173,10 @@ def _examined(what: What, max_samples: int, max_bytes: int) -> tuple[Terms, dict
         )
     loaded: Ensemble | Cascade = what.load()
     ensemble = loaded.ensemble if isinstance(loaded, Cascade) else loaded
-    terms = Terms(record.input_shape, bool(record.mean), max_bytes, max_samples)
+    terms = Terms(
+        *(record.input_shape, bool(record.mean), max_bytes, max_samples),
+        whole=not record.dtype.is_floating_point,
+    )
     return terms, {
         "name": what.run.rstrip("/").rpartition("/")[2],
         "input_shape": list(record.input_shape),

@@ -33,11 +33,12 @@ from ray_subnets.blueprint import Blueprint
 from ray_subnets.cascade import Cascade, load_cascade
 from ray_subnets.distributed import devices
 from ray_subnets.ensembles import Ensemble
-from ray_subnets.serving.requested import Array
+from ray_subnets.serving.requested import Array, Refused
 from ray_subnets.serving.webapp import Busy
 
 APP = "ray-subnets"
 _TRIES = 5  # of a request whose replica dies each time
+_REFUSED = "refused"  # in place of an answer: why there is none
 _QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
@@ -123,7 +124,14 @@ class Replica:
 
     def _answered(self, requests: list[Array]) -> list[dict[str, Array]]:
         inputs = [self._preprocess(torch.from_numpy(np.array(one))) for one in requests]
-        answer = predict(self._what, torch.cat(inputs), self._batch)
+        try:
+            answer = predict(self._what, torch.cat(inputs), self._batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(requests) > 1:  # one of them is to blame, and the others are not
+                return [self._answered([one])[0] for one in requests]
+            return [{_REFUSED: np.array([str(error).partition("\n")[0][:200]])}]
         ends = np.cumsum([len(one) for one in requests])[:-1]
         parts = {name: np.split(value, ends) for name, value in answer.items()}
         return [{name: parts[name][i] for name in parts} for i in range(len(requests))]
@@ -141,9 +149,13 @@ class Service:
 
         Raises:
             Busy: none can answer now.
+            Refused: the networks do not take these samples.
         """
         parts = [samples[i : i + self.batch] for i in range(0, len(samples), self.batch)]
         answers = await asyncio.gather(*(self._ask(part) for part in parts))
+        for one in answers:
+            if _REFUSED in one:
+                raise Refused(422, f"inputs: the networks do not take them: {one[_REFUSED][0]}")
         return {name: np.concatenate([one[name] for one in answers]) for name in answers[0]}
 
     async def _ask(self, part: Array) -> dict[str, Array]:

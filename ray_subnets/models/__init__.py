@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_subnets.inputs import described, made_up
 from ray_subnets.models.densenet import densenet121
 from ray_subnets.models.impala import Impala
 from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
@@ -94,6 +95,7 @@ def build(
     seed: int,
     *,
     channels_last: bool = True,
+    input_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A network with initial weights drawn from `seed`, checked to give `(N, num_classes)`.
 
@@ -139,7 +141,7 @@ def build(
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
-        _check_output(model, name, tuple(input_shape), num_classes)
+        _check_output(model, name, made_up(2, input_shape, input_dtype), num_classes)
     return in_fast_format(model) if channels_last else model
 
 
@@ -171,17 +173,15 @@ def in_fast_format(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if channels_last_is_safe(model) else model
 
 
-def _check_output(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+def _check_output(model: nn.Module, name: str, inputs: torch.Tensor, num_classes: int) -> None:
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            output = model(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, TypeError) as error:
+            output = model(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model: {name!r} does not take inputs of shape {shape}: {reason}"
-        ) from None
+        raise ValueError(f"model: {name!r} does not take {described(inputs)}: {reason}") from None
     finally:
         model.train(training)
     got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -1,8 +1,9 @@
 """What may be asked of an ensemble over the network, and what it is told: bytes in, JSON out.
 
 Samples come as JSON, `{"inputs": [...]}` (what the networks see) or `{"images": [...]}` (0 to 255,
-scaled and normalised as in training), or as one NumPy file, whose type says which: floating point
-or uint8. Nothing that is sent is unpickled, and nothing is allocated on the word of a header.
+scaled and normalised as in training), or as one NumPy file, whose type says which: floating point,
+or whole numbers where the networks see those, or uint8. Nothing that is sent is unpickled, and
+nothing is allocated on the word of a header.
 
 Shape legend: N samples, C classes.
 """
@@ -44,6 +45,8 @@ class Terms:
     """of one request's body"""
     max_samples: int
     """in one request"""
+    whole: bool = False
+    """are network inputs whole numbers?"""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,7 +55,7 @@ class Terms:
 
 
 def read(body: bytes, kind: str, terms: Terms) -> Array:
-    """The samples in a body: `(N, *input_shape)`, float32 (network inputs) or uint8 (images).
+    """The samples in a body: `(N, *input_shape)`, float32 or int64 (inputs) or uint8 (images).
 
     Args:
         kind: the Content-Type; without one it is taken for JSON.
@@ -101,7 +104,7 @@ def _from_json(body: bytes, terms: Terms) -> Array:
         if found.dtype.kind == "f" or found.min() < 0 or found.max() > 255:
             raise Refused(400, "images: must be whole numbers from 0 to 255")
         return found.astype(np.uint8)
-    return _inputs(found)
+    return _inputs(found, terms)
 
 
 def _no_number(name: str) -> float:
@@ -121,8 +124,10 @@ def _from_npy(body: bytes, terms: Terms) -> Array:
     except Exception as error:  # whatever NumPy's parser says of a damaged header
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise Refused(400, f"not a .npy file: {reason[:200]}") from None
-    if kind != np.uint8 and kind.kind != "f":
-        raise Refused(400, f"the array must be floating point or uint8, not {str(kind)[:60]}")
+    if kind.kind not in ("iu" if terms.whole else "f") and not (kind == np.uint8 and terms.images):
+        wanted = "of whole numbers" if terms.whole else "floating point"
+        wanted += " or uint8" if terms.images else ""
+        raise Refused(400, f"the array must be {wanted}, not {str(kind)[:60]}")
     _check_shape("the array", shape, terms)
     start = file.tell()
     count = int(np.prod(shape, dtype=object))
@@ -130,11 +135,9 @@ def _from_npy(body: bytes, terms: Terms) -> Array:
         raise Refused(400, "not a whole .npy file: its size and its header do not agree")
     flat = np.frombuffer(body, kind, offset=start)
     found = flat.reshape(shape, order="F" if fortran else "C")
-    if kind == np.uint8:
-        if not terms.images:
-            raise Refused(400, "the array is uint8; this ensemble takes floating-point inputs only")
+    if kind == np.uint8 and terms.images:
         return np.ascontiguousarray(found)
-    return _inputs(found)
+    return _inputs(found, terms)
 
 
 def _check_shape(what: str, shape: Sequence[int], terms: Terms) -> None:
@@ -155,7 +158,11 @@ def _too_many(count: int, terms: Terms) -> Refused:
     return Refused(413, f"{count:,} samples; send {terms.max_samples:,} at most at once")
 
 
-def _inputs(found: Array) -> Array:
+def _inputs(found: Array, terms: Terms) -> Array:
+    if terms.whole:
+        if found.dtype.kind == "f" or (found.size and found.max() > np.iinfo(np.int64).max):
+            raise Refused(400, "inputs: must be whole numbers of 64 bits")
+        return np.ascontiguousarray(found, dtype=np.int64)
     with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and told below
         inputs = np.ascontiguousarray(found, dtype=np.float32)
     if not np.isfinite(inputs).all():
