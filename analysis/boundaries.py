@@ -99,9 +99,11 @@ def alone(network: nn.Module) -> Predict:
     return lambda x: network(x).softmax(1)
 
 
-def together(networks: Sequence[nn.Module], how: str) -> Predict:
+def together(
+    networks: Sequence[nn.Module], how: str, shares: Sequence[float] | None = None
+) -> Predict:
     """The answers of several, combined."""
-    return lambda x: combine(torch.stack([one(x) for one in networks]), how).float()
+    return lambda x: combine(torch.stack([one(x) for one in networks]), how, shares).float()
 
 
 def noise(sigma: float, sparsity: float, seed: int) -> ChildSpec:
@@ -218,8 +220,7 @@ def children(run: Run, grid: Tensor, x: Tensor, y: Tensor) -> list[Map]:
             maps.append(draw_map(f"{recipe.id}, pruned", before, grid, x, y))
         after = f"{recipe.id}, tuned" if recipe.epochs else recipe.id
         maps.append(draw_map(after, alone(networks[recipe.id]), grid, x, y))
-    how = "probabilities" if run.combine == "weighted" else run.combine
-    everyone = together(list(networks.values()), how)
+    everyone = together(list(networks.values()), run.combine, run.shares(list(networks)))
     maps.append(draw_map(f"ensemble of {len(networks)}", everyone, grid, x, y))
     return maps
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ray_subnets import datasets, driver, members, models, summary
 from ray_subnets.checkpoints import CELL, ENSEMBLE, RunFolder
-from ray_subnets.data import Data
+from ray_subnets.data import Data, some
 from ray_subnets.ensembles import Ensemble
 from ray_subnets.members import EnsembleRecord, MemberRecord
+from ray_subnets.selection import share_of
 from ray_subnets.spawning import spawn
 from ray_subnets.stored import load_weights
 from ray_subnets.summary import Outputs
@@ -62,6 +63,16 @@ class Run:
             ValueError: a file is missing or damaged.
         """
         return summary.load_outputs(self.folder, ids, split)
+
+    def shares(self, ids: Sequence[str]) -> list[float] | None:
+        """Weights of these networks in a fitness-weighted mean; None: how they are combined asks
+        for none."""
+        if self.combine != "weighted":
+            return None
+        by = driver.config_of(self.folder).select.by
+        record = self.folder.read_json("result.json")
+        known = {"parent": record["parent"], **{one["id"]: one for one in record["children"]}}
+        return [share_of(known[id]["validation"], by) for id in ids]
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -116,6 +127,7 @@ class Run:
             record.num_classes,
             record.model.options,
             seed=0,
+            input_dtype=record.dtype,
         )
         weights = self.folder.load_tensors(record.parent)
         load_weights(network, weights, f"{self.folder}/{record.parent.file}")
@@ -124,7 +136,7 @@ class Run:
     def before_tuning(self, member: MemberRecord) -> nn.Module:
         """The child as it was spawned: pruned, or noisy, and not tuned."""
         recipe = replace(member.recipe, training=None)
-        child = spawn(self.parent, recipe, self.record.input_shape)
+        child = spawn(self.parent, recipe, self.record.input_shape, self.record.dtype)
         return child.eval().requires_grad_(False)
 
     def networks(self, limit: int | None = None) -> list[tuple[str, nn.Module]]:
@@ -141,10 +153,14 @@ class Run:
             )
         return list(zip(self.selected, modules, strict=False))
 
+    def rows(self, limit: int, split: str = "test") -> Tensor:
+        """Which samples `images` gives, see `data.some`."""
+        return some(getattr(self.data, split).labels.cpu(), limit)
+
     def images(self, limit: int, split: str = "test") -> tuple[Tensor, Tensor]:
-        """The first network inputs `(N, *shape)` of a split, and labels `(N,)`."""
+        """Network inputs `(N, *shape)` of some samples of a split (`rows`), and labels `(N,)`."""
         part = getattr(self.data, split)
-        few = part.take(part.labels.new_tensor(range(min(limit, len(part)))))
+        few = part.take(self.rows(limit, split).to(part.labels.device))
         inputs = [self.data.preprocess(batch) for batch in few.images.split(max(len(few), 1))]
         return inputs[0], few.labels
 

@@ -93,8 +93,11 @@ def markdown(table: pd.DataFrame, against: str | None = None) -> str:
         cells.append(cell(rows["member_accuracy"], 100, 2) if member else "")
         cells.append(cell(rows["kl"], 1, 4) if member else "")
         if other is not None:
-            difference = rows.set_index("seed")["nll"] - other
-            cells.append("" if name == against else cell(difference, 1, 4, sign=True))
+            difference = (rows.set_index("seed")["nll"] - other).dropna()
+            told = "" if name == against else cell(difference, 1, 4, sign=True)
+            if len(difference) < len(rows):
+                told += f" (n = {len(difference)})"
+            cells.append(told)
         lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
     return "\n".join(lines)
 

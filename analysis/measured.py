@@ -30,11 +30,20 @@ class Measured:
     numbers: dict[str, float]
 
 
-def measure(logits: Tensor, labels: Tensor, how: str = "probabilities") -> dict[str, float]:
-    """The means that Table 7.1 shows, and what goes with them, of `(K, N, C)` and `(N,)`."""
+def measure(
+    logits: Tensor,
+    labels: Tensor,
+    how: str = "probabilities",
+    shares: Sequence[float] | None = None,
+) -> dict[str, float]:
+    """The means that Table 7.1 shows, and what goes with them, of `(K, N, C)` and `(N,)`.
+
+    Args:
+        shares: of the members in a weighted mean.
+    """
     p = logits.double().softmax(2)
     mistakes = errors.wrong(logits, labels)
-    together = combine(logits, "probabilities" if how == "weighted" else how)
+    together = combine(logits, how, shares)
     split = errors.over_samples(p, labels)
     pairs = metrics.mean_off_diagonal
     return {
@@ -72,7 +81,7 @@ def measured(run: Run, group: str, label: str) -> Measured:
         member_accuracy=(~mistakes).double().mean(1),
         probabilities=p,
         labels=labels,
-        numbers=measure(logits, labels, run.combine),
+        numbers=measure(logits, labels, run.combine, run.shares(outputs.ids)),
     )
 
 

@@ -139,9 +139,9 @@ def rmse(maps: Tensor) -> Tensor:
 
 
 def contested(run: Run, count: int, limit: int) -> list[int]:
-    """The test images, of the first `limit`, about which members disagree most."""
+    """Which of the images that `run.images(limit)` gives members disagree most about."""
     outputs = run.outputs(run.selected)
-    logits = outputs.logits[:, :limit]
+    logits = outputs.logits[:, run.rows(limit)]
     disputed = metrics.mutual_information(logits) if len(logits) > 1 else -logits.amax((0, 2))
     return disputed.argsort(descending=True)[:count].tolist()
 
@@ -190,7 +190,7 @@ def find(run: Run, *, shown: int = 5, count: int = 200, most: int = 5) -> Findin
     if run.has_parent and "parent" not in names:
         names, networks = ["parent", *names], [run.parent, *networks]
     x, labels = run.images(2000)
-    some = contested(run, shown, len(x))
+    some = contested(run, shown, 2000)
     pictures = []
     for smooth, title in ((True, "SmoothGrad (eq. 7.5)"), (False, "Gradient (eq. 7.4)")):
         drawn = maps_of(networks, x[some], smooth=smooth)

@@ -58,7 +58,7 @@ def chances(run: Run, spec: ChildSpec, epochs: np.ndarray) -> pd.DataFrame:
     inside, outside = np.ones(len(epochs)), np.zeros(len(epochs))
     if spawning.anneals(spec):
         parent = run.parent
-        body = spawning.anatomy(parent, spec, run.record.input_shape)
+        body = spawning.anatomy(parent, spec, run.record.input_shape, run.record.dtype)
         sub = spawning.subnetwork(spec, body, parent.state_dict())
         start = spawning.probabilities(spec, sub)
         mask = torch.cat([sub.target[name].flatten() for name in start])

@@ -57,7 +57,7 @@ def long_table(found: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def cell(values: pd.Series[float], scale: float, digits: int, *, sign: bool = False) -> str:
     """Mean ± standard error; the mean alone of a single value."""
     mean = f"{scale * values.mean():{'+' if sign else ''}.{digits}f}"
-    if len(values) < 2:
+    if values.count() < 2:
         return mean
     return f"{mean} ± {scale * values.sem():.{digits}f}"
 
@@ -92,7 +92,7 @@ def paired(frame: pd.DataFrame, ours: str, other: str) -> list[str]:
         accuracy = by["accuracy"][ours] - by["accuracy"][other]
         lines.append(
             f"{config}: {ours} minus {other}: NLL {cell(nll, 1, 4)}, "
-            f"accuracy {cell(accuracy, 100, 2)} points (n = {len(by)})"
+            f"accuracy {cell(accuracy, 100, 2)} points (n = {nll.count()})"
         )
     return lines
 

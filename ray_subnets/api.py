@@ -93,7 +93,9 @@ def ensemble(
             here and have `tune.batch_size` samples; a `DataLoader` brings its own batch size.
         parent: train the network itself first, before children are made: for a pretrained one on
             new data. Default: it is the parent as it is.
-        test: as `val`; measured once, after members were chosen, for `ensemble.record`.
+        test: as `val`; measured once, after members were chosen, for `ensemble.record`. Without it
+            `val` stands in: those numbers are of samples that members were chosen by, and look
+            better than they are (the record says `test_is_validation`).
         select: how many members to take (the fittest); or `{count, by, method}` as in a
             configuration; `by` is `nll` by default, `rmse` for an MSE head.
             Default: every child that did not fail.

@@ -170,6 +170,21 @@ def check(data: Data) -> Data:
     return data
 
 
+def spread(total: int, limit: int) -> Tensor:
+    """Rows, int64: `limit` of `total`, evenly spread, or all; not the first, since data may be
+    sorted by class."""
+    return torch.arange(total) if limit >= total else torch.arange(limit) * total // limit
+
+
+def some(labels: Tensor, limit: int) -> Tensor:
+    """Rows, int64, of `limit` samples: the first, unless classes are missing among them (data may
+    be sorted by class), or targets are numbers: then evenly spread."""
+    first = labels[:limit]
+    if not labels.is_floating_point() and len(first.unique()) == len(labels.unique()):
+        return torch.arange(len(first))
+    return spread(len(labels), limit)
+
+
 def farthest(data: Data) -> dict[str, Tensor]:
     """Split -> the samples `(n, *shape)` with its smallest and its largest whole number, by which a
     network shows whether it knows all; empty for other inputs, or those that are not in memory."""

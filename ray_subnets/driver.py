@@ -362,6 +362,7 @@ def describe_data(data: Data) -> dict[str, Any]:
         "validation": len(data.validation),
         "test": len(data.test),
         "input_shape": list(data.input_shape),
+        **({"test_is_validation": True} if data.test is data.validation else {}),
         **({} if data.input_dtype.is_floating_point else {"input_dtype": "int64"}),
         ("outputs" if data.train.labels.is_floating_point() else "num_classes"): data.num_classes,
     }

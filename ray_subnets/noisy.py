@@ -74,7 +74,10 @@ def perturb(
                 flat[name][here] += n
 
     draws.in_chunks(total, add)
-    result |= {name: summed[name].to(weights[name].dtype) for name in names}
+    for name in names:
+        result[name] = summed[name].to(weights[name].dtype)
+        if weights[name].dtype == torch.float64:  # what is not perturbed keeps all its digits
+            result[name] = torch.where(masks[name], result[name], weights[name].detach())
     return {name: result[name] for name in weights}
 
 

@@ -25,8 +25,10 @@ from ray_subnets.recipes import ChildSpec, Fit, Solve, Training
 from ray_subnets.spawning import (
     METHODS,
     Subnetwork,
+    acting,
     anatomy,
     anneals,
+    shrinks,
     subnetwork,
     without_removed,
 )
@@ -177,7 +179,7 @@ def plan(
 
 def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
     """Every job, with sizes taken from a network spawned for each distinct recipe."""
-    seen: dict[ChildSpec, tuple[int, int, float]] = {}
+    seen: dict[ChildSpec, tuple[int, int, float, float]] = {}
     found = []
     for job in driver.jobs(config):
         if isinstance(job, Solve):  # some passes over a thousand samples, nothing stored
@@ -187,6 +189,7 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
             model = driver.build(config, data)
             stored = _file_bytes(model.state_dict())
             state, forward = _state_bytes(model, job.training), float(cost.total)
+            device = forward
             group = "parent" if job.id == "parent" else "single"
         else:
             kind = replace(job, id="", seed=0, training_seed=0, sign=1)
@@ -194,7 +197,7 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
                 kind = replace(kind, part=0)  # all hold the same share
             if kind not in seen:
                 seen[kind] = _child(config, data, cost, kind)
-            stored, state, forward = seen[kind]
+            stored, state, forward, device = seen[kind]
             bag, group = job.bag, job.label
         images = job.epochs * (len(data.train) if bag == 1 else round(bag * len(data.train)))
         found.append(
@@ -204,7 +207,7 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
                 epochs=job.epochs,
                 images=images,
                 flops=training_flops(forward, images),
-                flops_dense=training_flops(cost.total, images),
+                flops_dense=training_flops(device, images),
                 weights=stored,
                 checkpoint=state if job.epochs > 1 else 0,
             )
@@ -212,8 +215,11 @@ def _works(config: Config, data: Data, cost: Cost) -> list[Work]:
     return found
 
 
-def _child(config: Config, data: Data, cost: Cost, spec: ChildSpec) -> tuple[int, int, float]:
-    """Bytes of the stored child, bytes of its checkpoint, FLOPs of one forward pass."""
+def _child(
+    config: Config, data: Data, cost: Cost, spec: ChildSpec
+) -> tuple[int, int, float, float]:
+    """Bytes of the stored child, bytes of its checkpoint, FLOPs of one forward pass in tuning if
+    zeros are free, and as they are computed."""
     model = driver.build(config, data)
     parent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     body = anatomy(model, spec, data.input_shape, data.input_dtype)
@@ -223,7 +229,15 @@ def _child(config: Config, data: Data, cost: Cost, spec: ChildSpec) -> tuple[int
     packed = pack_child(model, spec, sub, sub.masks)
     kept = kept_fractions(model, body, sub.masks)
     state = dense if anneals(spec) else _state_bytes(model, spec.training)
-    return (_file_bytes(packed) if packed else 0), state, cost.nonzero(kept)
+    left = cost.nonzero(kept)
+    if anneals(spec) or spec.prune_epochs:
+        assert spec.training is not None
+        count = len(data.train) if spec.bag == 1 else round(spec.bag * len(data.train))
+        acted = cost.nonzero(acting(spec, sub, body, -(-count // spec.training.batch_size)))
+    else:
+        acted = left
+    device = left if shrinks(spec) else float(cost.total)
+    return (_file_bytes(packed) if packed else 0), state, acted, device
 
 
 def _file_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -45,6 +45,7 @@ from ray_subnets.spawning import (
     METHODS,
     Anatomy,
     Made,
+    acting,
     anatomy,
     anneals,
     removable,
@@ -254,7 +255,12 @@ class Worker:
         kept = kept_fractions(model, made.body, made.masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
         result = self.finish(spec, model, stored, made.images)
-        return replace(result, kept=kept, notes=notes)
+        acted = {}
+        if anneals(spec) or spec.prune_epochs:
+            assert spec.training is not None
+            steps = -(-made.images // (spec.epochs * spec.training.batch_size))
+            acted = acting(spec, made.subnetwork, made.body, steps)
+        return replace(result, kept=kept, acting=acted, notes=notes)
 
     def make(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Made]:
         """Spawn and tune; the generator's return value is the finished child."""

@@ -332,6 +332,8 @@ class Result:
     """actors that the job was given to"""
     kept: dict[str, float] = field(default_factory=dict)
     """weight -> fraction of it that is left; weights that are whole are left out"""
+    acting: dict[str, float] = field(default_factory=dict)
+    """weight -> fraction of it that acted in tuning, the mean over steps; empty: as in `kept`"""
     notes: tuple[str, ...] = ()
     """what a user should know of this network: one line each"""
     troubles: tuple[str, ...] = ()

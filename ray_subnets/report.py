@@ -85,6 +85,7 @@ def _content(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
         "record": record,
         "config": folder.read(CONFIG).decode(),
         "rows": table.rows(record),
+        "measured_on": table.measured_on(record),
         "columns": table.COLUMNS,
         "legend": table.LEGEND,
         "verdict": table.verdict(record),

@@ -279,6 +279,63 @@ class _Draw:
         drawn = {name: mask.cpu() for name, mask in drawn.items()}
         return structured.unit_masks(self._body.parameters, self._body.units, drawn)
 
+    def density(self, epoch: float) -> dict[str, float]:
+        """Weight -> fraction that is expected to act."""
+        spec = self._spec
+        scale = stochastic.anneal(epoch, start=1.0, epochs=spec.anneal_epochs, shape=spec.anneal)
+        if self._structured:
+            some = torch.Generator().manual_seed(derive(spec.seed, "density"))
+            drawn = self(epoch, some)
+            if drawn is None:
+                units, parameters = self._body.units, self._body.parameters
+                drawn = structured.unit_masks(parameters, units, self._target)
+            return {name: _share(mask) for name, mask in drawn.items()}
+        found = {}
+        for name, mask in self._target.items():
+            share = _share(mask)
+            if self._start is None:
+                begin = share + spec.tau * (1 - share)
+            else:
+                begin = float(self._start[name].double().mean())
+            found[name] = share + scale * (begin - share)
+        return found
+
+
+def _share(mask: Tensor) -> float:
+    return int(mask.sum()) / mask.numel()
+
+
+def acting(spec: ChildSpec, sub: Subnetwork, body: Anatomy, steps: int) -> dict[str, float]:
+    """Weight -> fraction of it that acts while the child is tuned, the mean over all steps.
+
+    Not what is left in the end: weights come and go, or go one after the other, before. Of drawn
+    masks it is what is expected; of units that come and go it is the mean over 32 steps.
+
+    Args:
+        steps: of the optimizer in an epoch.
+    """
+    shares = {name: _share(mask) for name, mask in sub.masks.items()}
+    if not METHODS[spec.method].prunes or not spec.epochs:
+        return shares if METHODS[spec.method].prunes else {}
+    if spec.prune_epochs and not anneals(spec):
+        done = [min(1.0, (epoch + 1) / spec.prune_epochs) for epoch in range(spec.epochs)]
+        mean = sum(done) / len(done)
+        return {name: 1 - (1 - share) * mean for name, share in shares.items()}
+    if not anneals(spec):
+        return shares
+    draw, total = _Draw(spec, sub, body), spec.epochs * steps
+    seen = range(total)
+    if sub.kept is not None and total > 32:
+        seen = range(total // 64, total, -(-total // 32))
+    each = [draw.density(step / steps) for step in seen]
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+
+
+def shrinks(spec: ChildSpec) -> bool:
+    """Is the child a smaller network from the first step of its tuning on?"""
+    pruned = METHODS[spec.method].prunes and not anneals(spec)
+    return pruned and spec.structure != "weight"
+
 
 # --- children -----------------------------------------------------------------------------------
 

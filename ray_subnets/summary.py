@@ -18,6 +18,7 @@ from ray_subnets.combining import Running
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.recipes import ChildResult, ChildSpec, Result, SolveResult
 from ray_subnets.selection import Decision, share_of
+from ray_subnets.spawning import shrinks
 from ray_subnets.stored import needs_parent
 
 LABELS = "outputs/labels.npz"
@@ -308,14 +309,19 @@ def _cost(
 ) -> dict[str, Any]:
     """What was spent on parent and children, and what an answer of the ensemble costs.
 
-    `flops` counts non-zero weights only, the convention of Table 5.2; masked dense kernels save no
-    time, so `flops_dense` is what the device did. 1.0 in `flops_vs_single` is one dense network
-    trained on as many images.
+    `flops` counts weights that acted only, the convention of Table 5.2; masked dense kernels save
+    no time, so `flops_dense` is what the device did: less for children that are smaller networks.
+    1.0 in `flops_vs_single` is one dense network trained on as many images.
     """
     trained = [results["parent"], *(results[spec.id] for spec in specs)]
+    smaller = {spec.id for spec in specs if shrinks(spec)}
     solved = [result for result in results.values() if isinstance(result, SolveResult)]
-    dense = sum(training_flops(cost.total, result.images) for result in trained)
-    nonzero = sum(training_flops(cost.nonzero(result.kept), result.images) for result in trained)
+    single = sum(training_flops(cost.total, result.images) for result in trained)
+    acted = {r.id: training_flops(cost.nonzero(r.acting or r.kept), r.images) for r in trained}
+    nonzero = sum(acted.values())
+    dense = sum(
+        acted[r.id] if r.id in smaller else training_flops(cost.total, r.images) for r in trained
+    )
     stored = {child["id"]: child["weights"] for child in record["children"]}
     stored["parent"] = record["parent"]["weights"]
     files = {stored[id]["file"] for id in members if stored[id]}
@@ -330,7 +336,7 @@ def _cost(
         "device_seconds": sum(result.device_seconds for result in [*trained, *solved]),
         "flops": nonzero,
         "flops_dense": dense,
-        "flops_vs_single": nonzero / dense if dense else 1.0,
+        "flops_vs_single": nonzero / single if single else 1.0,
         "parameters": {
             "parent": cost.parameters,
             "ensemble": round(sum(cost.nonzero_parameters(d) for d in member_densities)),

@@ -194,7 +194,8 @@ def recompute_norm(model: nn.Module, batches: Batches) -> None:
     """Batch-norm statistics of `model` as it is now: the mean over one epoch of training batches.
 
     A network whose weights were changed without training still has its parent's statistics.
-    Networks without batch-norm are left as they are.
+    Networks without batch-norm are left as they are; so is a last batch of one sample, which has
+    no variance.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -208,7 +209,8 @@ def recompute_norm(model: nn.Module, batches: Batches) -> None:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(batches.seed, "norm"))  # dropout layers draw by themselves
         for batch in batches.epoch(0):
-            model(batch.x)
+            if len(batch.x) > 1:
+                model(batch.x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train(training)

@@ -83,9 +83,15 @@ def empty(title: str, headings: Iterable[str]) -> Table:
     return result
 
 
+def measured_on(record: Mapping[str, Any]) -> str:
+    """What the numbers of a run are of: `test data`, if there were any."""
+    alone = record["data"].get("test_is_validation")
+    return "validation data, by which members were chosen" if alone else "test data"
+
+
 def table(record: Mapping[str, Any]) -> Table:
     """The result table for a terminal; fits 80 columns."""
-    title = f"{record['name']}: {record['data']['name']}, test data"
+    title = f"{record['name']}: {record['data']['name']}, {measured_on(record)}"
     result = empty(title, ("nets", "epochs", *(name for name, _, _ in COLUMNS)))
     for row in rows(record):
         result.add_row(

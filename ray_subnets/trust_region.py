@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_subnets import supervised
-from ray_subnets.data import Batches, Data
+from ray_subnets.data import Batches, Data, some
 from ray_subnets.recipes import ChildSpec, Result, Solve, SolveResult, derive
 from ray_subnets.spawning import Anatomy, anatomy, spawn_weights
 
@@ -303,7 +303,7 @@ def search(
     Raises:
         ValueError: the target cannot be met; the message names the group.
     """
-    images = data.validation.images[torch.arange(min(job.samples, len(data.validation)))]
+    images = data.validation.images[some(data.validation.labels.cpu(), job.samples)]
 
     def answers(weights: Weights) -> Tensor:
         model.load_state_dict(dict(weights))

@@ -248,6 +248,18 @@ def test_a_failed_cell_is_a_line(tmp_path: Path) -> None:
     must_say(bad[0]["error"], [r"loss is (nan|inf)"])
 
 
+def test_a_resumed_benchmark_makes_rows_listed_before_the_row_they_follow(tmp_path: Path) -> None:
+    rows = "[{method: dense, members: 2, settings_of: independent}, independent]"
+    settings = parse("seeds=[0]", f"rows={rows}")
+    folder = RunFolder.create(tmp_path / "b")
+    before = make(settings, folder)
+    assert len(before["cells"]) == 4
+    for path in (tmp_path / "b" / "results").glob("*dense*"):
+        path.unlink()
+    after = make(settings, folder)
+    assert [one["id"] for one in after["cells"]] == [one["id"] for one in before["cells"]]
+
+
 def test_a_search_without_a_working_setting_fails_its_row(tmp_path: Path) -> None:
     settings = parse("seeds=[0]", "rows=[independent]", "search.decayed={lr: [1.0e+30, 1.0e+31]}")
     record = make(settings, RunFolder.create(tmp_path / "b"))
@@ -299,6 +311,10 @@ BAD = [
     ("rows=[{method: dense, members: 5}]", [r"members", r"budget is 4"]),
     ("rows=[{method: dropout, rate: 1.5}]", [r"rows\.dropout", r"rate", r"less than 1"]),
     ("rows=[{method: independent, settings_of: other}]", [r"settings_of", r"other"]),
+    (
+        "rows=[{method: independent, settings_of: dense}, {method: dense, settings_of: dense}]",
+        [r"settings_of", r"'dense' takes those of another row"],
+    ),
     ("rows=[{method: sparse, count: 3, sparsity: 0.5}]", [r"rows\.sparse", r"tune_epochs"]),
     (
         "rows=[{method: sparse, count: 2, partition: 2, parent_epochs: 4, tune_epochs: 1}]",

@@ -459,3 +459,25 @@ def test_side_by_side_of_what_is_no_benchmark(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert "there are task/independent" in said[1]
+
+
+def test_a_better_row_with_a_seed_missing_is_the_best_and_never_worse() -> None:
+    nan = float("nan")
+    five = [0.300, 0.301, 0.299, 0.3005, 0.3]
+    better = [0.200, 0.2015, 0.199, 0.2, nan]
+    found = by_hand({"independent": five, "dropout": better})
+    table = aggregate(found, TASK, "adam")
+    assert table["nll_stands"].to_dict() == {"independent": "apart", "dropout": "best"}
+    assert table.loc["independent", "nll_pairs"] == 4
+    # With two seeds nothing is tested, and the row cannot be the best.
+    few = by_hand({"independent": five, "dropout": [0.2, 0.2, nan, nan, nan]})
+    assert aggregate(few, TASK, "adam").loc["independent", "nll_stands"] == "best"
+
+
+def test_rows_that_are_better_than_the_best_within_the_budget_are_ahead() -> None:
+    found = by_hand({**THREE, "dense_8x": [0.1, 0.12, 0.13]})
+    table = aggregate(found, TASK, "adam")
+    assert (
+        table.loc["dense_8x", "nll_stands"] == table.loc["dense_8x", "accuracy_stands"] == "ahead"
+    )
+    assert table.loc["independent", "nll_stands"] == "apart"

@@ -307,6 +307,16 @@ def test_noise_has_the_moments_it_is_asked_for() -> None:
     assert torch.equal(moved["v"], zeros["v"])
 
 
+def test_noise_leaves_float64_weights_alone_where_it_adds_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"w": torch.randn(50, dtype=torch.float64, generator=generator)}
+    masks = {"w": torch.arange(50) % 2 == 0}
+    moved = noisy.perturb(weights, masks, generator, sigma=0.1)
+    assert moved["w"].dtype == torch.float64
+    assert torch.equal(moved["w"][1::2], weights["w"][1::2])
+    assert not (moved["w"] == weights["w"])[::2].any()
+
+
 def test_relative_noise_is_in_units_of_each_tensors_spread() -> None:
     weights = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[2.0, -2.0, 6.0, -6.0]])}
     assert noisy.spread(weights, weights) == {"a": 1.0, "b": pytest.approx(20**0.5)}

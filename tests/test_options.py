@@ -15,8 +15,9 @@ import ray_subnets
 from ray_subnets import configfile, driver, supervised, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config
-from ray_subnets.data import Batches, bagged
+from ray_subnets.data import Batches, Data, Preprocess, Split, bagged
 from ray_subnets.ensembles import Ensemble
+from ray_subnets.recipes import derive
 from ray_subnets.summary import load_outputs
 
 HEAD = """
@@ -278,6 +279,19 @@ def test_batch_norm_statistics_are_made_anew_and_stored(tmp_path: Path) -> None:
     stored = folder.load_tensors("children/new-000.safetensors")
     assert set(stored) == {n for n, _ in new.named_buffers()}
     assert not (folder.root / "children/old-000.safetensors").exists()
+
+
+def test_statistics_are_computed_where_one_sample_is_left_over() -> None:
+    """501 samples in batches of 500: the last one has no variance."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(501, 3, generator=generator), torch.zeros(501, dtype=torch.int64)
+    split = Split(x, y)
+    data = Data("given", split, split, split, 2, Preprocess())
+    norm = nn.BatchNorm1d(3)
+    supervised.recompute_norm(norm, Batches(data, 500, 1))
+    assert norm.running_mean is not None
+    order = torch.randperm(501, generator=torch.Generator().manual_seed(derive(1, "order", 0)))
+    torch.testing.assert_close(norm.running_mean, x[order[:500]].mean(0))
 
 
 # --- bags ---------------------------------------------------------------------------------------

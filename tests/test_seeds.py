@@ -47,6 +47,19 @@ def test_mean_standard_error_and_paired_difference() -> None:
     assert "n = 3" in line
 
 
+def test_pairs_are_counted_where_both_are() -> None:
+    runs = [record(i, v, v + 0.1) for i, v in enumerate((0.1, 0.2, 0.6, 0.4))]
+    for run in runs[2:]:
+        run["single"] = None
+    frame = seeds.long_table(runs)
+    (line,) = seeds.paired(frame, "selected ensemble", "single, same budget")
+    assert line.endswith("(n = 2)")
+    runs[1]["single"] = None
+    (line,) = seeds.paired(seeds.long_table(runs), "selected ensemble", "single, same budget")
+    assert "nan" not in line
+    assert line.endswith("(n = 1)")
+
+
 def test_a_seed_counts_once(tmp_path: Path) -> None:
     for name in "ab":
         folder = RunFolder.create(tmp_path / name)

@@ -131,6 +131,11 @@ class Benchmark(Section):
         for row in self.rows:
             if row.settings_of and row.settings_of not in [r.id for r in self.rows]:
                 raise ValueError(f"rows.{row.id}.settings_of: no row {row.settings_of!r}")
+            if any(r.settings_of for r in self.rows if r.id == row.settings_of):
+                raise ValueError(
+                    f"rows.{row.id}.settings_of: {row.settings_of!r} takes those of another row; "
+                    "name that one"
+                )
             if row.method not in {*baselines.METHODS, *OURS}:
                 raise ValueError(
                     f"rows: unknown method {row.method!r}; known: "

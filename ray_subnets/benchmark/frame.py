@@ -128,8 +128,8 @@ def aggregate(record: Mapping[str, Any], task: str, column: str) -> pd.DataFrame
         every number of the cells as its mean, and as `..._se` its standard error (NaN of one
         seed); and for `nll` and `accuracy`, `nll_difference` (mean of this row minus the best, over
         the seeds that both have), `..._difference_se`, `nll_pairs`, `nll_p` (paired t-test, two
-        sides), `nll_p_holm`, `nll_stands`: best, same (not distinguishable from the best), apart,
-        untested.
+        sides), `nll_p_holm`, `nll_stands`: best, same (not distinguishable from the best), apart
+        (worse), ahead (better: beyond the budget, or on the seeds that both have), untested.
 
     Raises:
         ValueError: the record lacks something.
@@ -182,11 +182,12 @@ _RATIOS = ("flops_vs_single", "flops_dense_vs_single")
 
 
 def _rivals(result: pd.DataFrame) -> Sequence[str]:
-    """Rows among which the best is looked for: within the budget (all, if none is), most seeds."""
+    """Rows among which the best is looked for: within the budget (all, if none is), with as many
+    seeds as a test needs, or as there are."""
     among = result[result["n"] > 0]
     within = among[among["over"] == ""]
     among = within if len(within) else among
-    return list(among.index[among["n"] == among["n"].max()])
+    return list(among.index[among["n"] >= min(MIN_SEEDS, among["n"].max())])
 
 
 def compare(values: pd.DataFrame, rivals: Sequence[str], better: str, measure: str) -> pd.DataFrame:
@@ -199,7 +200,8 @@ def compare(values: pd.DataFrame, rivals: Sequence[str], better: str, measure: s
     Returns:
         Per row the columns `MEASURE_difference`, ... of `aggregate`.
     """
-    means = values[list(rivals)].mean()
+    common = values[list(rivals)].dropna()  # seeds that all have
+    means = (common if len(common) >= MIN_SEEDS else values[list(rivals)]).mean()
     lines = {}
     best = None
     if means.notna().any():
@@ -220,7 +222,9 @@ def compare(values: pd.DataFrame, rivals: Sequence[str], better: str, measure: s
     result = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=keys)
     result["p_holm"] = holm(result["p"].astype(float))
     tested = result["p_holm"].notna()
-    result.loc[tested, "stands"] = np.where(result["p_holm"][tested] < LEVEL, "apart", "same")
+    ahead = result["difference"].astype(float) * (1 if better == "low" else -1) < 0
+    stands = np.where(ahead, "ahead", "apart")
+    result.loc[tested, "stands"] = np.where(result["p_holm"] < LEVEL, stands, "same")[tested]
     return result.add_prefix(f"{measure}_")
 
 

@@ -147,7 +147,8 @@ def _task(
                 yield from submit(job)
 
     def decide() -> Generator[Report, None, None]:
-        for place in places:
+        # Rows that take another's settings come after it, wherever the file has them.
+        for place in sorted(places, key=lambda place: bool(place.row.settings_of)):
             if place.settings is None and not place.error:
                 settings = _choose(benchmark, place, places, results)
                 if settings is None:

@@ -67,6 +67,8 @@ def _best(record: Mapping[str, Any], table: pd.DataFrame, best: pd.Series[Any]) 
     elif apart:
         text += f" Every other that could be tested ({len(apart)}) is worse."
     few = [row["label"] for row in lines_of(others) if row["n"] and row["nll_stands"] == "untested"]
+    if ahead := stands.get("ahead"):
+        text += f" Better on the seeds that both have: {_listed(ahead)}."
     if few:
         text += f" Fewer than {MIN_SEEDS} seeds in common with it, nothing claimed: {_listed(few)}."
     return text

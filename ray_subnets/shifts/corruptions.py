@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_subnets.data import Split
+from ray_subnets.data import Split, spread
 from ray_subnets.recipes import derive
 from ray_subnets.shifts import blurs, distortions, weather
 from ray_subnets.shifts.distortions import Array
@@ -145,15 +145,10 @@ def corrupt(
 
 
 def rows_of(total: int, limit: int | None) -> Tensor:
-    """`(limit,)` int64: evenly spread rows of `total`, all of them without a limit.
-
-    Not the first ones: a test part may be sorted by class.
-    """
-    if limit is None or limit >= total:
-        return torch.arange(total)
-    if limit < 1:
+    """`data.spread`, all rows without a limit."""
+    if limit is not None and limit < 1:
         raise ValueError(f"corruptions: the number of samples must be at least 1, not {limit}")
-    return torch.arange(limit) * total // limit
+    return spread(total, total if limit is None else limit)
 
 
 def splits(
