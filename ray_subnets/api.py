@@ -135,6 +135,7 @@ def ensemble(
         where = torch.device("cpu")
     where = _device(device, where)
     check_head(head)
+    _check_settings(crop, flip, preprocess, resources, folder)
     real = head != "classes"
     given = {
         "train": sources.source("train", train, keep=False, real=real),
@@ -182,13 +183,32 @@ def ensemble(
             "parent=Training(epochs=30)"
         )
     run, keep = _folder(folder, config, data, weights)
-    with _generators(where):
+    with _generators(where), torch.enable_grad():
         record = _run(config, data, run, network, weights is not None, where, ray, progress)
     made = members.load(
         str(run), where, model=network, on_demand=on_demand, calibrated=calibrated, keep=keep
     )
     made.record = record
     return made
+
+
+def _check_settings(crop: Any, flip: Any, preprocess: Any, resources: Any, folder: Any) -> None:
+    """Are these of the right kind? Other arguments are checked where they are used."""
+    if isinstance(crop, bool) or not isinstance(crop, int) or not 0 <= crop <= 64:
+        raise ValueError(f"crop: must be a whole number of pixels from 0 to 64, not {crop!r}")
+    if not isinstance(flip, bool):
+        raise ValueError(f"flip: must be True or False, not {flip!r}")
+    if preprocess is not None:
+        good = isinstance(preprocess, Preprocess)
+        good = good and all(isinstance(v, tuple | list) for v in (preprocess.mean, preprocess.std))
+        if not good or len(preprocess.mean) != len(preprocess.std):
+            raise ValueError(
+                "preprocess: must be Preprocess(mean=(...), std=(...)), a number for each channel"
+            )
+    if resources is not None and not isinstance(resources, Mapping):
+        raise ValueError(f"resources: must be a mapping, as {{'actors': 2}}, not {resources!r}")
+    if folder is not None and not isinstance(folder, str | Path):
+        raise ValueError(f"folder: must be a path or a URI, not {folder!r}")
 
 
 def _device(device: str | torch.device | None, default: torch.device) -> torch.device:
@@ -251,14 +271,15 @@ def _folder(
         if not known or folder.read(CONFIG) != config.to_yaml().encode():
             raise ValueError(f"folder: {place} holds another run; name a new folder")
         return folder, None
-    try:
-        folder = RunFolder.create(place)
-    except ValueError as error:
-        reason = str(error).removeprefix("--out: ").split("; choose")[0]
-        raise ValueError(f"folder: {reason}; name a new folder") from None
+    if not (keep is None and folder.exists(_GIVEN) and folder.read_json(_GIVEN) == say):
+        try:
+            folder = RunFolder.create(place)
+        except ValueError as error:
+            reason = str(error).removeprefix("--out: ").split("; choose")[0]
+            raise ValueError(f"folder: {reason}; name a new folder") from None
+        folder.write_json(_GIVEN, say)  # first: a call that was stopped here is known again
     if weights:
         folder.write(GIVEN, content)
-    folder.write_json(_GIVEN, say)
     return folder, keep
 
 

@@ -236,7 +236,9 @@ class Cascade(nn.Module):
             ValueError: see `Cascade`.
         """
         Cascade(ensemble, NEVER)
-        labels = y.cpu()
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: must be above 0 and at most 1, not {keep}")
+        x, labels = ensemble.labelled(x, y)
         logits = ensemble.ask(x, batch_size)
         order = _order(logits, labels, len(logits))
         logits, how = logits[order], ensemble.combine
@@ -252,7 +254,7 @@ class Cascade(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ensemble, total = self.ensemble, len(self.ensemble)
-        inputs = ensemble.preprocess(x)
+        inputs = ensemble.preprocess(ensemble.seen(x))
         left = torch.arange(len(inputs), device=inputs.device)
         asked = torch.zeros(len(inputs), dtype=torch.int64)
         answer = sums = inputs.new_zeros(0, dtype=torch.float64)
@@ -277,7 +279,7 @@ class Cascade(nn.Module):
     def predict(self, x: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
         """Probabilities `(N, C)` float32 and members asked `(N,)`, on the CPU."""
         parts, asked = [], []
-        for part in x.split(batch_size):
+        for part in self.ensemble.seen(x).split(batch_size):
             parts.append(self(part.to(self.ensemble.device)).cpu())
             asked.append(self.asked)
         return torch.cat(parts), torch.cat(asked)

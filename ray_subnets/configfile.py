@@ -128,6 +128,13 @@ def one_line(
         known: from where a key stands to the names that would be valid there.
     """
     problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+
+    def inside(loc: Sequence[Any]) -> bool:
+        return any(len(at) > len(loc) and at[: len(loc)] == loc for at in places)
+
+    # A list whose only entry is wrong is not also too short.
+    problems = [p for p in problems if p["type"] != "too_short" or not inside(p["loc"])]
     first = problems[0]
     if first["type"] == "json_invalid":
         return f"{source}: not valid JSON ({first['msg'].removeprefix('Invalid JSON: ')})"

@@ -8,8 +8,10 @@ epoch can be done again from its start.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,6 +89,17 @@ class Data:
         """What the network sees: float32, or int64 of whole numbers."""
         stored = self.train.images.dtype
         return torch.float32 if stored.is_floating_point or stored == torch.uint8 else WHOLE
+
+    @cached_property
+    def content(self) -> str:
+        """Tells stored samples apart: SHA-256 of labels, and of inputs that are in memory."""
+        total = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            total.update(f"{tuple(split.images.shape)} {split.images.dtype}".encode())
+            total.update(split.labels.cpu().numpy().tobytes())
+            if isinstance(split.images, Tensor):
+                total.update(split.images.cpu().contiguous().numpy().data)
+        return total.hexdigest()
 
     def to(self, device: torch.device) -> Data:
         validation = self.validation.to(device)

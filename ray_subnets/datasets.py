@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
 from ray_subnets.imagefolders import Reader, View, read_folders, read_imagenet
-from ray_subnets.inputs import WHOLE, is_whole
+from ray_subnets.inputs import WHOLE, is_whole, raised
 from ray_subnets.items import Items
 from ray_subnets.models import import_path
 from ray_subnets.streaming import ImageFiles
@@ -376,12 +376,22 @@ def _read(name: str, options: Options, given: Mapping[str, Any]) -> Loaded | Dat
     """
     if name in DATASETS:
         return DATASETS[name](options)
+    if name == "given":
+        raise ValueError(
+            "data: they were given in Python and are not known by name; go on from there, with the "
+            "same ray_subnets.ensemble(..., folder=...)"
+        )
     if ":" not in name:
         raise ValueError(
             f"data: unknown data set {name!r}; known: {', '.join(DATASETS)}, or your own as "
             "package.module:function"
         )
-    loaded = import_path(name, "data")()
+    try:
+        loaded = import_path(name, "data")()
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        raise ValueError(f"data: {name!r} raised {raised(error)}") from error
     if isinstance(loaded, Data):
         for key, value in given.items():
             if value:
@@ -389,20 +399,29 @@ def _read(name: str, options: Options, given: Mapping[str, Any]) -> Loaded | Dat
         return loaded
     try:
         (train_x, train_y), (test_x, test_y) = loaded
-        train = Split(_given(train_x), torch.as_tensor(train_y).long())
-        test = Split(_given(test_x), torch.as_tensor(test_y).long())
+        arrays = [torch.as_tensor(one) for one in (train_x, train_y, test_x, test_y)]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"data: {name!r} must return ray_subnets.Data or "
             "((train_images, train_labels), (test_images, test_labels))"
         ) from None
+    for labels in arrays[1::2]:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"data: {name!r} gives labels of {labels.dtype}; they must be integers; regression "
+                "is done in Python: ray_subnets.ensemble(..., head=...)"
+            )
+    train, test = (Split(_given(name, x), y.long()) for x, y in (arrays[:2], arrays[2:]))
     return train, test, {}
 
 
-def _given(x: Any) -> Tensor:
-    """Whole numbers of any type as int64."""
-    tensor = torch.as_tensor(x)
-    return tensor.to(WHOLE) if is_whole(tensor) else tensor
+def _given(name: str, x: Tensor) -> Tensor:
+    """Whole numbers of any type as int64, grey images `(N, H, W)` with their channel."""
+    if x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"data: {name!r} gives inputs of {x.dtype}; they must be real numbers")
+    if is_whole(x):
+        return x.to(WHOLE)
+    return x[:, None] if x.dtype == torch.uint8 and x.dim() == 3 else x
 
 
 def _check_augmentation(train: Split, crop: int, flip: bool) -> None:

@@ -32,6 +32,8 @@ from ray_subnets.stored import stored_result
 from ray_subnets.summary import LABELS, Scores, busy_seconds, load_outputs, summarise
 from ray_subnets.trust_region import check_target, described
 
+_DATA = "data.json"
+"""the samples that a run was made with: their hash"""
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
 
@@ -157,6 +159,13 @@ def prepare(
     cost = forward_cost(model, data.input_shape, data.input_dtype)
     if config.weights is not None and not folder.exists(GIVEN):
         folder.save_tensors(GIVEN, weights or given_weights(config, data, model) or {})
+    if not folder.exists(_DATA):
+        folder.write_json(_DATA, {"sha256": data.content})
+    elif folder.read_json(_DATA).get("sha256") != data.content:
+        raise ValueError(
+            f"data: {data.name} is not what {folder} was made with: inputs or labels changed; put "
+            "them back, or start a new run"
+        )
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,9 +117,44 @@ class Ensemble(nn.Module):
     def __len__(self) -> int:
         return len(self.members)
 
+    def seen(self, x: Any) -> Tensor:
+        """Inputs as a tensor `(N, *shape)`: of an array too, and of grey images without a channel.
+
+        Raises:
+            ValueError: they are of another shape or type than the networks take.
+        """
+        if isinstance(x, np.ndarray):
+            x = torch.from_numpy(x)
+        if not isinstance(x, Tensor):
+            return x  # something that is read in parts, with shapes checked before
+        shape = self.input_shape
+        if shape is not None and tuple(x.shape[1:]) != shape:
+            if (1, *x.shape[1:]) != shape:
+                raise ValueError(
+                    f"x: inputs are (N, {', '.join(map(str, shape))}), not {tuple(x.shape)}"
+                )
+            x = x[:, None]
+        if x.dtype == torch.uint8 and not self.preprocess.mean and self.input_shape is not None:
+            raise ValueError("x: these are uint8 images, and the ensemble was not made of images")
+        return x
+
+    def labelled(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        """Inputs and labels `(N,)`, checked, labels on the CPU.
+
+        Raises:
+            ValueError: there are none, they do not fit together, or labels are no integers.
+        """
+        x, y = self.seen(x), torch.as_tensor(y).cpu()
+        if y.is_floating_point() or y.dim() != 1 or len(y) != len(x) or not len(y):
+            raise ValueError(
+                f"y: must be integer labels (N,) of the {len(x)} inputs, one or more; not "
+                f"{tuple(y.shape)} of {y.dtype}"
+            )
+        return x, y.long()
+
     def logits(self, x: Tensor) -> Tensor:
         """Every member's logits, `(K, N, C)`."""
-        x = self.preprocess(x)
+        x = self.preprocess(self.seen(x))
         if self.batched is not False and (together := self._batch(len(x))):
             try:
                 answer = together(x)
@@ -234,7 +270,7 @@ class Ensemble(nn.Module):
     def each(self, x: Tensor, batch_size: int = 500) -> Iterator[Tensor]:
         """One member's logits after the other's, `(1, N, C)` on the CPU; more of a network that is
         several members."""
-        device = self.device
+        device, x = self.device, self.seen(x)
         for member in self.members:
             parts = [member(self.preprocess(p.to(device))).cpu() for p in x.split(batch_size)]
             logits = torch.cat([columns(part) for part in parts], dim=-2)
@@ -253,9 +289,12 @@ class Ensemble(nn.Module):
 
         From then on answers are scaled by it, see `calibrated`.
         """
+        x, y = self.labelled(x, y)
         self.calibrated = False
         plain = self.predict(x, batch_size).probabilities
-        self.temperature = temperature_of(plain, y.cpu())
+        if int(y.min()) < 0 or int(y.max()) >= plain.shape[1]:
+            raise ValueError(f"y: labels must be from 0 to {plain.shape[1] - 1}")
+        self.temperature = temperature_of(plain, y)
         self.calibrated = True
         return self.temperature
 

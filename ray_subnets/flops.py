@@ -58,11 +58,14 @@ def forward_cost(
         model.train(training)
     counts = counter.get_flop_counts()
     root = type(model).__name__
-    by_weight = {
-        f"{name}.weight": sum(counts.get(f"{root}.{name}", {}).values())
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and name
-    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_weight: dict[str, int] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and path:  # one that several layers share costs each
+            name = names[id(weight)]
+            spent = sum(counts.get(f"{root}.{path}", {}).values())
+            by_weight[name] = by_weight.get(name, 0) + spent
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Cost(counter.get_total_flops(), by_weight | projections, sum(sizes.values()), sizes)
 

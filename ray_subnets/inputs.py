@@ -3,6 +3,7 @@ network on."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,22 @@ def made_up(
         return torch.randn(count, *shape, generator=generator, dtype=dtype)
     most = 256 if dtype == torch.uint8 else 2
     return torch.randint(0, most, (count, *shape), generator=generator, dtype=dtype)
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Do these `(N, C)` sum to one, as a softmax does?"""
+    if outputs.is_meta:
+        return False
+    return bool((outputs >= 0).all() and ((outputs.double().sum(1) - 1).abs() < 1e-5).all())
+
+
+def raised(error: Exception) -> str:
+    """What a user's code raised and where, in a line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    place = f" ({last.filename}, line {last.lineno})" if last else ""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}{': ' + text if text else ''}{place}"
 
 
 def described(x: Tensor) -> str:

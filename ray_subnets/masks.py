@@ -34,9 +34,17 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.S
         ValueError: nothing is left to mask.
     """
     weights = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = [
-        weights[id(module.weight)] for module in model.modules() if isinstance(module, MASKABLE)
-    ]
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, MASKABLE):
+            name = weights.get(id(module.weight))
+            if name is None:
+                raise ValueError(
+                    f"model: {path}.weight is computed from other tensors (a parametrization, such "
+                    "as weight_norm); make it a weight again first: "
+                    "torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            names.append(name)
     names = list(dict.fromkeys(names))  # a tied weight is one weight
     kept = names if classifier else names[:-1]
     if not kept:

@@ -292,6 +292,7 @@ def _builder(
     """Makes networks of the right kind, of zeros, on the CPU."""
     if model is not None and not isinstance(model, Blueprint):
         model = Blueprint.of(blueprint.check(model))
+        _check_kind(model, record, folder)
     if model is None:
         name, options = record.model.name, record.model.options
         if name == models.GIVEN:
@@ -315,6 +316,24 @@ def _builder(
         return models.in_fast_format(network) if record.channels_last else network
 
     return build
+
+
+def _check_kind(model: Blueprint, record: Kind, folder: RunFolder) -> None:
+    """Is a network that was given of the kind that the ensemble was made of?
+
+    Raises:
+        ValueError: names or shapes of its weights are others than the parent's.
+    """
+    if not isinstance(record, EnsembleRecord) or not folder.exists(record.parent.file):
+        return
+    here = {name: tuple(t.shape) for name, t in model.outline.state_dict().items()}
+    there = {name: tuple(t.shape) for name, t in folder.load_tensors(record.parent).items()}
+    for name in sorted(here.keys() | there.keys(), key=str):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"model: it is of another kind than {folder} was made of: {name} is "
+                f"{here.get(name, 'not there')}, and was {there.get(name, 'not there')}"
+            )
 
 
 def _member(

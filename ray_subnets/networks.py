@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ray_subnets import blueprint, models
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.data import Preprocess
-from ray_subnets.inputs import described
+from ray_subnets.inputs import are_probabilities, described
 from ray_subnets.regression import OUTPUTS
 from ray_subnets.sources import Source
 from ray_subnets.stored import load_weights
@@ -121,6 +121,10 @@ def _outputs(model: nn.Module, inputs: Tensor, head: str) -> int:
         raise ValueError(
             "model: it has a single output; a classifier has one for each of two or more classes; "
             "for regression say head='mse'"
+        )
+    if head == "classes" and are_probabilities(output):
+        raise ValueError(
+            "model: it gives probabilities; it must return logits: leave out the softmax"
         )
     if not output.isfinite().all():
         raise ValueError("model: it gives NaN or infinite outputs for the first validation samples")

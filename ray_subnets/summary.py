@@ -76,7 +76,9 @@ class Scores:
     def combined(self, ids: Sequence[str], split: str) -> Tensor:
         """Probabilities `(N, C)` of the members together."""
         if self._together[0] != tuple(ids):
-            running = {name: Running(self.how) for name in self.labels}
+            # A vote of one is certain of everything; one network is asked what it thinks.
+            how = self.how if len(ids) > 1 else "probabilities"
+            running = {name: Running(how) for name in self.labels}
             for id in ids:
                 for name, part in running.items():
                     self.add(part, id, name)
@@ -142,7 +144,7 @@ class Scores:
                 p = total / k
             else:
                 self.add(running, id, "test")
-                p = running.value()
+                p = running.value() if k > 1 else self.combined([id], "test")
             curve.append(
                 {
                     "members": k,

@@ -183,10 +183,14 @@ def train(
 def main_output(output: Any) -> Tensor:
     """Logits of a network that also has outputs of auxiliary heads while it is trained.
 
-    torchvision's Inception and GoogLeNet return a tuple with the field `logits` then. Auxiliary
-    heads are for training from scratch; here they are left as they are.
+    torchvision's Inception and GoogLeNet return a tuple with the field `logits` then; of other
+    tuples they are the first. Auxiliary heads are for training from scratch; here they are left as
+    they are.
     """
-    return output if isinstance(output, Tensor) else output.logits
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return found
 
 
 @torch.no_grad()

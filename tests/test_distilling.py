@@ -244,7 +244,7 @@ def test_the_commands(
     assert len(rs.load("small")) == 1
     with pytest.raises(ValueError, match="already used"):
         commands_keep.distill("run", "small", **how)
-    with pytest.raises(ValueError, match="--input: must be uint8 or float32, not int"):
+    with pytest.raises(ValueError, match="--input: must be uint8, float32 or int64, not int"):
         commands_keep.export("small", "small.pt2", False, "int")
     answer = command("export", "small", "--to", "small.pt2", "--calibrated", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr

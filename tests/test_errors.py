@@ -367,7 +367,7 @@ def _npy(folder: Path) -> None:
             id="one class",
         ),
         pytest.param(
-            npz(train_images=np.zeros((60, 5), int)), ["train_images", "uint8 or float"], id="ints"
+            npz(train_images=np.zeros((60, 5), bool)), ["train_images", "uint8, float"], id="bools"
         ),
         pytest.param(
             npz(train_labels=np.zeros((60, 1), int)), ["train_labels", "1-D integer"], id="2-d"

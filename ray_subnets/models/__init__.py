@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_subnets.inputs import described, made_up
+from ray_subnets.inputs import are_probabilities, described, made_up, raised
 from ray_subnets.models.densenet import densenet121
 from ray_subnets.models.impala import Impala
 from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
@@ -78,13 +78,19 @@ def _call(
         inspect.signature(build).bind(**given, **options)
     except TypeError as error:
         raise ValueError(f"{key}: {error}") from None
+    if isinstance(build, nn.Module):
+        raise ValueError(f"{key}: it is a network; name a function or class that makes one")
     try:
         return build(**given, **options)
+    except ValueError:
+        raise
     except TypeError as error:
         if not options:
-            raise
+            raise ValueError(f"{key}: building it raised {raised(error)}") from error
         chosen = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(f"{key}: cannot be built with {chosen}: {error}") from None
+    except Exception as error:  # whatever a user's code raises
+        raise ValueError(f"{key}: building it raised {raised(error)}") from error
 
 
 def build(
@@ -141,6 +147,8 @@ def build(
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name!r} returned {type(model).__name__}, not a torch Module")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            model.requires_grad_(True)  # all frozen: to be used as it was, not to stay so
         _check_output(model, name, made_up(2, input_shape, input_dtype), num_classes)
     return in_fast_format(model) if channels_last else model
 
@@ -189,4 +197,8 @@ def _check_output(model: nn.Module, name: str, inputs: torch.Tensor, num_classes
         raise ValueError(
             f"model: {name!r} gives {got} for 2 inputs, but the data has {num_classes} classes; "
             f"it must return logits of shape (2, {num_classes})"
+        )
+    if are_probabilities(output):
+        raise ValueError(
+            f"model: {name!r} gives probabilities; it must return logits: leave out the softmax"
         )
