@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ray_subnets.data import Data, Preprocess, Split, check, check_alike, check_split
 from ray_subnets.imagefolders import Reader, View, read_folders, read_imagenet
-from ray_subnets.inputs import WHOLE, is_whole, raised
+from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.items import Items
 from ray_subnets.models import import_path
+from ray_subnets.strangers import raised
 from ray_subnets.streaming import ImageFiles
 
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"

@@ -3,7 +3,6 @@ network on."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 
 import torch
@@ -39,15 +38,6 @@ def are_probabilities(outputs: Tensor) -> bool:
     if outputs.is_meta:
         return False
     return bool((outputs >= 0).all() and ((outputs.double().sum(1) - 1).abs() < 1e-5).all())
-
-
-def raised(error: Exception) -> str:
-    """What a user's code raised and where, in a line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    place = f" ({last.filename}, line {last.lineno})" if last else ""
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}{': ' + text if text else ''}{place}"
 
 
 def described(x: Tensor) -> str:

@@ -17,6 +17,7 @@ from ray_subnets import sparse
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildResult, ChildSpec, Job, Result, Solve, SolveResult, Stored
+from ray_subnets.rl.policy_recipes import PLACES
 from ray_subnets.spawning import (
     METHODS,
     Anatomy,
@@ -108,7 +109,10 @@ def checkpoint_name(job: Job) -> str:
 
 def _digest(job: Job) -> Tensor:
     """SHA-256 of the job, `(32,)` uint8: a checkpoint of another recipe is not continued."""
-    text = json.dumps(job.to_json(), sort_keys=True).encode()
+    record = job.to_json()
+    if isinstance(record.get("env"), dict):  # of a policy: where it is stepped is no part of it
+        record["env"] = {k: v for k, v in record["env"].items() if k not in PLACES}
+    text = json.dumps(record, sort_keys=True).encode()
     return torch.from_numpy(np.frombuffer(hashlib.sha256(text).digest(), dtype=np.uint8).copy())
 
 

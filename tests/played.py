@@ -46,6 +46,35 @@ class Picture(Corridor):
         return np.full((5, 4), 10 * self._at, np.uint8)
 
 
+class Blind(Picture):
+    """Needs an option, and cannot be drawn."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as Gymnasium has it)
+
+    def __init__(self, place: str, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        raise NotImplementedError("too dark")
+
+
+class Wide(Corridor):
+    """Two channels, last."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 2), np.uint8)
+
+    def _see(self) -> Any:
+        return np.stack([np.full((8, 8), self._at), np.full((8, 8), 50)], 2).astype(np.uint8)
+
+
+class Lost(Corridor):
+    """Its second observation is not a number."""
+
+    def _see(self) -> Any:
+        return np.array([np.nan if self._at == 1 else 0.0, 1.0], np.float32)
+
+
 class Graph(Corridor):
     observation_space = gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)})
 
@@ -70,6 +99,7 @@ class Numbered(Corridor):
 
 for _name, _kind in (
     *(("Corridor", Corridor), ("Picture", Picture), ("Graph", Graph)),
-    *(("Steering", Steering), ("Numbered", Numbered)),
+    *(("Steering", Steering), ("Numbered", Numbered), ("Blind", Blind), ("Wide", Wide)),
+    ("Lost", Lost),
 ):
     gymnasium.register(id=f"{_name}-v0", entry_point=_kind, max_episode_steps=5)

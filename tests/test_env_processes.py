@@ -142,7 +142,7 @@ class Falls(gymnasium.Env[Any, Any]):
     observation_space = gymnasium.spaces.Box(0, 1, (1,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, error: type[Exception]) -> None:
+    def __init__(self, error: type[BaseException]) -> None:
         self._error, self._steps = error, 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -155,30 +155,21 @@ class Falls(gymnasium.Env[Any, Any]):
         return np.zeros(1, np.float32), 0.0, False, False, {}
 
 
-class Odd(Exception):
-    """Cannot be made from its message alone, as unpickling does."""
-
-    def __init__(self, message: str, *, code: int = 3) -> None:
-        super().__init__(message, code)
-        self.code = code
-
-    def __reduce__(self) -> Any:
-        raise TypeError("not to be pickled")
-
-
 gymnasium.register("Falls-v0", Falls)
 
 
-@pytest.mark.parametrize(("raised", "caught"), [(KeyError, KeyError), (Odd, RuntimeError)])
-def test_an_error_in_an_environment_is_raised_here(
-    raised: type[Exception], caught: type[Exception]
+@pytest.mark.parametrize("raised", [KeyError, ValueError, SystemExit])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_error_in_an_environment_is_one_line(
+    raised: type[BaseException], processes: int
 ) -> None:
-    envs = Environments(env("Falls-v0", 2, options={"error": raised}), seed=0)
+    envs = Environments(env("Falls-v0", processes, options={"error": raised}), seed=0)
     envs.reset()
     walk(envs, 1)
-    with pytest.raises(caught, match="the floor is wet") as error:
+    words = rf"env\.id: step of Falls-v0 raised {raised.__name__}: .*the floor is wet.*"
+    with pytest.raises(ValueError, match=words + r"test_env_processes\.py, line \d+\)") as error:
         walk(envs, 1)
-    assert any("in step" in note for note in error.value.__notes__), "where it was raised"
+    assert "\n" not in str(error.value)
     envs.close()
 
 
@@ -203,7 +194,7 @@ def test_a_process_that_was_killed_is_named_and_not_used_again() -> None:
     envs.reset()
     killed = pids(envs)[0]
     os.kill(killed, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"env\.processes: .* exit code -9"):
+    with pytest.raises(ValueError, match=r"env\.processes: .* exit code -9"):
         walk(envs, 1)
     envs.close()
     again = Environments(env("CartPole-v1", 2), seed=0)
@@ -220,7 +211,7 @@ def alive(pid: int) -> bool:
 
 # As people write scripts: no main guard, and an environment of their own.
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 import gymnasium, numpy as np
 from ray_subnets.rl import env_processes
 from ray_subnets.rl.envs import Environments
@@ -228,16 +219,22 @@ from ray_subnets.rl.policy_recipes import Env
 
 class Mine(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(0, 99, (1,), np.float32)
-    action_space = gymnasium.spaces.Discrete(2)
+    action_space = gymnasium.spaces.Discrete(3)
     def reset(self, *, seed=None, options=None):
         return np.full(1, 7, np.float32), {}
     def step(self, action):
+        if action == 2:
+            time.sleep(600)
         return np.full(1, 8, np.float32), 1.0, False, False, {}
 
 gymnasium.register("Mine-v0", Mine)
 envs = Environments(Env(id="Mine-v0", num_envs=2, frame_stack=1, processes=2), 0)
 print(envs.reset()[0].tolist(), envs.step(np.array([0, 1]))[0].tolist())
 print(*(process._process.pid for process in envs.simulator._processes), flush=True)
+if sys.argv[1] == "hanging":
+    for process in envs.simulator._processes:
+        process.ask_step(np.array([2]))
+    os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "closed":
@@ -246,14 +243,14 @@ if sys.argv[1] == "closed":
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
-@pytest.mark.parametrize("end", ["closed", "forgotten", "killed"])
+@pytest.mark.parametrize("end", ["closed", "forgotten", "killed", "hanging"])
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path, end: str) -> None:
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)
     answer = subprocess.run(
         [sys.executable, "-W", "error", script, end], capture_output=True, text=True, timeout=60
     )
-    assert answer.returncode == (-9 if end == "killed" else 0), answer.stderr
+    assert answer.returncode == (-9 if end in ("killed", "hanging") else 0), answer.stderr
     seen, numbers = answer.stdout.splitlines()
     assert seen == "[[7.0], [7.0]] [[8.0], [8.0]]"
     until = time.monotonic() + 20
@@ -263,11 +260,34 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, end: str) 
     assert answer.stderr == ""
 
 
-def test_where_memory_has_no_room_a_file_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env_processes, "_IN_MEMORY", ["/nowhere"])
+def test_without_linux_a_file_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(env_processes.os, "memfd_create", raising=False)
     envs = Environments(env("CartPole-v1", 2), seed=0)
     envs.reset()
     alone = Environments(env("CartPole-v1", 0), seed=0)
     alone.reset()
     assert walk(envs, 20) == walk(alone, 20)
+    envs.close()
+
+
+def test_a_process_that_died_while_idle_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env_processes, "_idle", [])
+    one = Environments(env("CartPole-v1", 2), seed=0)
+    before = pids(one)
+    one.close()
+    os.kill(before[0], signal.SIGKILL)
+    until = time.monotonic() + 10
+    while all(process.alive for process in env_processes._idle) and time.monotonic() < until:
+        time.sleep(0.01)
+    other = Environments(env("CartPole-v1", 2), seed=0)
+    assert before[0] not in pids(other)
+    assert before[1] in pids(other)
+    other.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*Using the latest versioned")
+def test_an_id_without_a_version_is_the_newest() -> None:
+    envs = Environments(env("CartPole", 2), seed=0)
+    alone = Environments(env("CartPole-v1", 0), seed=0)
+    assert np.array_equal(envs.reset()[0], alone.reset()[0])
     envs.close()

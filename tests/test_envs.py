@@ -226,6 +226,28 @@ def test_a_reward_that_is_not_finite_is_named(bad: float) -> None:
         envs.step(np.array([0, 1]))
 
 
+@gymnasium_only
+def test_an_observation_that_is_not_finite_is_named() -> None:
+    envs = Environments(env("Lost-v0"), seed=0)
+    envs.reset()
+    with pytest.raises(ValueError, match=r"Lost-v0 gave an observation .* environment 1, step 1"):
+        envs.step(np.array([0, 1]))
+
+
+@gymnasium_only
+def test_channels_are_the_smallest_side() -> None:
+    envs = Environments(env("Wide-v0"), seed=0)
+    assert envs.observation_shape == (2, 8, 8)
+    envs.reset()
+    assert envs.step(np.array([1, 0]))[0][:, :, 0, 0].tolist() == [[1, 50], [0, 50]]
+
+
+@gymnasium_only
+def test_who_looks_for_an_environment_of_their_own_is_told_how() -> None:
+    with pytest.raises(ValueError, match="my_module:MyEnv-v0"):
+        Environments(env("Nowhere-v0"), seed=0)
+
+
 WITHOUT = """
 import sys
 class Absent:

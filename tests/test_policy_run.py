@@ -371,6 +371,43 @@ def test_an_environment_of_a_module_is_played_and_filmed_in_processes_too(
 
 
 @gymnasium_only
+def test_a_film_that_cannot_be_made_costs_no_run(tmp_path: Path) -> None:
+    noisy = "children=[{method: noisy, count: 2, sigma: 0.1}]"
+    folder = RunFolder.create(tmp_path / "run")
+    record = run_policy(picture("env.id=Blind-v0", "env.options={place: here}", noisy), folder)
+    error = record["film"]["error"]
+    assert error.startswith("evaluate.film: Blind-v0 raised NotImplementedError: too dark (")
+    assert "no film" in Path(policy_report.write(folder)).read_text()
+
+
+@gymnasium_only
+def test_a_policy_takes_what_the_environment_gives(
+    finished: tuple[RunFolder, dict[str, Any]],
+) -> None:
+    policy = ray_subnets.load_policy(str(finished[0].root), "parent")
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 5, 4)).astype(np.uint8)
+    torch.testing.assert_close(policy(images), policy(torch.from_numpy(images).float() / 255))
+    with pytest.raises(ValueError, match=r"must be \(N, 1, 5, 4\) as in training"):
+        policy(images[0])
+    whole = np.array([[1, 0], [0, 1]], np.int8)
+    linear = policies.Ensemble([torch.nn.Linear(2, 3)], shape=(2,))
+    for same in (whole, whole.astype(np.uint8), whole.astype(np.float64), whole * 1.0):
+        torch.testing.assert_close(linear(same), linear(torch.from_numpy(whole).float()))
+
+
+@gymnasium_only
+def test_where_environments_are_stepped_is_no_part_of_a_job(tmp_path: Path) -> None:
+    from ray_subnets import stored
+    from ray_subnets.rl.policy_sweepfile import parent_id
+
+    one, two = picture(), picture("env.processes=2", "env.threads=3")
+    assert torch.equal(stored._digest(one.parent_job()), stored._digest(two.parent_job()))
+    assert parent_id(one) == parent_id(two)
+    other = picture("env.num_envs=5").parent_job()
+    assert not torch.equal(stored._digest(one.parent_job()), stored._digest(other))
+
+
+@gymnasium_only
 def test_commands_for_classifiers_refuse_a_policys_run(
     command: Command, finished: tuple[RunFolder, dict[str, Any]]
 ) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_subnets.inputs import are_probabilities, described, made_up, raised
+from ray_subnets.inputs import are_probabilities, described, made_up
 from ray_subnets.models.densenet import densenet121
 from ray_subnets.models.impala import Impala
 from ray_subnets.models.lenet import lenet_l, lenet_m, lenet_s
 from ray_subnets.models.mlp import mlp
 from ray_subnets.models.resnet import resnet18, resnet56
 from ray_subnets.models.wide_resnet import WideResNet
+from ray_subnets.strangers import raised
 from ray_subnets.structured import channels_last_is_safe
 
 GIVEN = "given"

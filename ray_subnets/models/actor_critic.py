@@ -41,8 +41,8 @@ class ActorCritic(nn.Module):
 
 
 def to_input(x: Tensor) -> Tensor:
-    """uint8 images from 0 to 1; other observations as they are."""
-    return x if x.is_floating_point() else x.float() / 255
+    """uint8 images `(N, C, H, W)` from 0 to 1; other observations as float32, as they are."""
+    return x.float() / 255 if x.dtype == torch.uint8 and x.dim() == 4 else x.float()
 
 
 def build(

@@ -8,12 +8,15 @@ E environments.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -49,29 +52,27 @@ def _record(shape: tuple[int, ...], dtype: Any) -> np.dtype[Any]:
 
 @contextmanager
 def _shared(count: int, record: np.dtype[Any]) -> Iterator[tuple[str, Array]]:
-    """A file and the array `(count,)` in it, in memory where there is a place for that.
+    """Memory that several processes share, as a path to open it by and the array `(count,)` in it.
 
-    The file is gone at the end, and the array stays for all that have it.
+    The path is gone at the end, or with this process; the array stays for all that have it.
     """
     size = count * record.itemsize
     with ExitStack() as stack:
-        for place in (*_IN_MEMORY, None):
-            try:
-                file = stack.enter_context(NamedTemporaryFile(dir=place, prefix="ray_subnets-"))
-                file.write(bytes(size))  # all of it: no room is to be found out now, and not later
-                file.flush()
-                break
-            except OSError:
-                if place is None:
-                    raise
-        yield file.name, _mapped(file.name, record, count)
+        if hasattr(os, "memfd_create"):  # Linux: memory without a file
+            descriptor = os.memfd_create("ray_subnets")
+            stack.callback(os.close, descriptor)
+            os.ftruncate(descriptor, size)
+            path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        else:
+            file = stack.enter_context(NamedTemporaryFile(prefix="ray_subnets-"))
+            file.write(bytes(size))  # all of it: no room is to be found out now, and not later
+            file.flush()
+            path = file.name
+        yield path, _mapped(path, record, count)
 
 
 def _mapped(path: str, record: np.dtype[Any], count: int) -> Array:
     return np.asarray(np.memmap(path, record, "r+", shape=count))
-
-
-_IN_MEMORY = ["/dev/shm"]
 
 
 class Process:
@@ -88,6 +89,10 @@ class Process:
         theirs.close()
         self.end = weakref.finalize(self, _end, self._connection, self._process)
         self.waited_for = False
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, what: str, *arguments: Any) -> None:
         """Begin to do `what`, a method of its simulator or "make"; `answer` must follow."""
@@ -107,14 +112,13 @@ class Process:
         """What came of it, as `serve` sends it.
 
         Raises:
-            RuntimeError: the process has ended.
-            Exception: as it was raised there.
+            ValueError: as it was raised there; or the process has ended.
         """
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError):
             code = self._process.wait()
-            raise RuntimeError(
+            raise ValueError(
                 f"env.processes: a process that steps environments has ended, exit code {code} "
                 "(-9: killed, often for want of memory); with 0 they are stepped in this one"
             ) from None
@@ -146,6 +150,7 @@ _idle: list[Process] = []
 def _taken(count: int) -> list[Process]:
     """Processes that nobody else uses."""
     with _lock:
+        _idle[:] = [process for process in _idle if process.alive]
         old, _idle[:] = _idle[:count], _idle[count:]
     return old + [Process() for _ in range(count - len(old))]
 
@@ -183,7 +188,7 @@ class ProcessesSimulator:
         self._processes = _taken(len(self._parts))
         try:
             with _shared(num_envs, _record(one.frame_shape, one.dtype)) as (path, self._came):
-                settings = (_spec(id), path, num_envs, levels, seed, dict(options))
+                settings = (_spec(one), path, num_envs, levels, seed, dict(options))
                 self._all("make", [(*settings, part) for part in self._parts])
         except BaseException:
             self.close()
@@ -265,12 +270,12 @@ class ProcessesSimulator:
         self._processes = []
 
 
-def _spec(id: str) -> bytes:
-    """How to make an environment that was made before, also where nobody registered it."""
+def _spec(one: GymnasiumSimulator) -> bytes:
+    """How its environments are made, also where nobody registered them."""
     import cloudpickle
     import gymnasium
 
-    sent: bytes = cloudpickle.dumps(gymnasium.spec(id.rpartition(":")[2]))
+    sent: bytes = cloudpickle.dumps(gymnasium.spec(one.spec_id))
     return sent
 
 
@@ -296,9 +301,11 @@ class _Share:
         known = cloudpickle.loads(spec)
         gymnasium.registry[known.id] = known
         count = part.stop - part.start
-        self.simulator = GymnasiumSimulator(
-            known.id, count, levels, seed, options, first=part.start
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were told where it was made first
+            self.simulator = GymnasiumSimulator(
+                known.id, count, levels, seed, options, first=part.start
+            )
         record = _record(self.simulator.frame_shape, self.simulator.dtype)
         self._came = _mapped(path, record, num_envs)[part]
 
@@ -312,27 +319,25 @@ class _Share:
         return final
 
 
-def _sendable(error: Exception) -> Exception:
-    """The error, or where it cannot be sent one that says the same, with its traceback."""
-    where = traceback.format_exc()
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(where)
-    return error
-
-
 def serve(end: int) -> None:
     """Do what is asked through the file descriptor `end`, until the other side closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started us
-    connection = Connection(end)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    with suppress(EOFError, OSError):  # the other side is gone
+        _serve(Connection(end))
+
+
+def _follow(parent: int) -> None:
+    """End with the process that started this one, even in the middle of a step."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _serve(connection: Connection) -> None:
     share: _Share | None = None
     while True:
-        try:
-            message = connection.recv_bytes()
-        except EOFError:
-            return
+        message = connection.recv_bytes()
         try:
             if message.startswith(_STEP):
                 assert share
@@ -345,7 +350,11 @@ def serve(end: int) -> None:
                 else:
                     assert share
                     answer = getattr(share.simulator, what)(*arguments)
+                    if what == "close":
+                        share = None
                 reply = pickle.dumps((answer, None))
-        except Exception as error:
-            reply = pickle.dumps((None, _sendable(error)))
+        except ValueError as error:  # of the environment's too: see `GymnasiumSimulator`
+            told = ValueError(str(error))
+            told.add_note(traceback.format_exc())
+            reply = pickle.dumps((None, told))
         connection.send_bytes(reply)

@@ -185,6 +185,12 @@ class Environments:
             actions, observations[:, -width:]
         )
         self._steps += 1
+        if frames.dtype != np.uint8 and not np.isfinite(frames).all():
+            worst = int(np.flatnonzero(~np.isfinite(frames).all(1))[0])
+            raise ValueError(
+                f"env.id: {self.env.id} gave an observation with NaN or infinity in environment "
+                f"{worst}, step {self._steps}; observations must be finite"
+            )
         if not math.isfinite(rewards.sum()):
             worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise ValueError(

@@ -36,7 +36,8 @@ def seen(env: Env) -> Env:
         return env
     import gymnasium
 
-    made = gymnasium.make(env.id, disable_env_checker=True)
+    made = gymnasium.make(env.id, disable_env_checker=True, **env.options)
+    made.close()
     assert made.spec
     kind = str(made.spec.entry_point)
     if "classic_control" in kind and not importlib.util.find_spec("pygame"):

@@ -54,17 +54,34 @@ class Ensemble:
     Args:
         how: mean of probabilities (section 4.3.3), softmax of mean logits, or majority vote, in
             which the mean of probabilities breaks ties.
+        shape: of an observation, if it is known.
     """
 
-    def __init__(self, actors: Sequence[nn.Module], how: Combine = "probabilities") -> None:
+    def __init__(
+        self,
+        actors: Sequence[nn.Module],
+        how: Combine = "probabilities",
+        shape: Sequence[int] | None = None,
+    ) -> None:
         assert actors
         self.actors = [actor.eval() for actor in actors]
         self.how = how
+        self.observation_shape = tuple(shape) if shape is not None else None
 
     @torch.no_grad()
-    def __call__(self, observations: Tensor) -> Tensor:
-        """`(N, *shape)` -> `(N, A)`."""
-        x = to_input(observations)
+    def __call__(self, observations: Tensor | NDArray[Any]) -> Tensor:
+        """`(N, *shape)` -> `(N, A)`.
+
+        Raises:
+            ValueError: they have another shape than those it was trained on, if that is known.
+        """
+        seen, shape = torch.as_tensor(observations), self.observation_shape
+        if shape is not None and tuple(seen.shape[1:]) != shape:
+            raise ValueError(
+                f"observations: must be (N, {', '.join(map(str, shape))}) as in training (frames "
+                f"stacked, channels first, numbers one-hot), not {tuple(seen.shape)}"
+            )
+        x = to_input(seen)
         return together(torch.stack([actor(x).float() for actor in self.actors]), self.how)
 
 
@@ -190,7 +207,11 @@ def interval(
         level: chance that such an interval covers the mean.
     """
     rng = np.random.Generator(np.random.SFC64(derive(seed, "bootstrap")))
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
+    part = max(1, min(resamples, 20_000_000 // len(values)))  # resamples at once: memory
+    parts = [min(part, resamples - done) for done in range(0, resamples, part)]
+    means = np.concatenate(
+        [values[rng.integers(len(values), size=(n, len(values)))].mean(1) for n in parts]
+    )
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)

@@ -24,6 +24,9 @@ def load_policy(
 ) -> Ensemble:
     """A finished run's policy: observations `(N, *shape)` -> probabilities of actions `(N, A)`.
 
+    Observations are as in training: the newest frames stacked, the newest last, images with their
+    channels first, numbers one-hot. Action k is the environment's `start + k`.
+
     Args:
         group: children that choose together, by their name or method; `parent`: the parent alone;
             default: the first group.
@@ -51,4 +54,4 @@ def load_policy(
             and not (tuned[spec.id] and tuned[spec.id]["error"])
         ]
     actors = [actor_of(build, folder, parent, member, shape).to(device) for member in members]
-    return Ensemble(actors, combine)
+    return Ensemble(actors, combine, shape)

@@ -45,6 +45,10 @@ class Env:
     """for `gymnasium.make`, or ProcGen's: `use_backgrounds`, `restrict_themes`"""
 
 
+PLACES = ("threads", "processes")
+"""settings of an `Env` that say where it is stepped, and are no part of the numbers"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPO:
     """How a policy is trained; the defaults are those of Table 4.2, or named otherwise."""

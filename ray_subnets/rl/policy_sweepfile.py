@@ -19,6 +19,7 @@ from ray_subnets import configfile
 from ray_subnets.groups import Section
 from ray_subnets.rl import policyfile
 from ray_subnets.rl.policy_jobs import PolicyCell
+from ray_subnets.rl.policy_recipes import PLACES
 from ray_subnets.rl.policyfile import NoisyPolicy, PolicyConfig, SparsePolicy, StochasticPolicy
 from ray_subnets.sweeps.sweepfile import MOST, Varied, cell_id
 
@@ -98,6 +99,8 @@ class PolicySweep(Varied):
 def parent_id(config: PolicyConfig) -> str:
     """A short name of a parent, made from all that its weights follow from."""
     record = config.model_dump(mode="json", include={"env", "model", "ppo", "seed"})
+    for key in PLACES:
+        del record["env"][key]
     resources = config.resources
     record |= {"threads": resources.threads, "channels_last": resources.channels_last}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:10]

@@ -34,6 +34,7 @@ from ray_subnets.stored import (
     restore,
     save_checkpoint,
 )
+from ray_subnets.strangers import raised
 from ray_subnets.topology import Topology
 
 ACTOR = "actor."
@@ -261,6 +262,8 @@ class PolicyWorker(Worker):
             )
         except ValueError as error:
             return Result(id=job.id, error=str(error))
+        except (Exception, SystemExit) as error:  # whatever a user's environment raises
+            return Result(id=job.id, error=f"evaluate.film: {job.env.id} raised {raised(error)}")
         return Result(id=job.id, outputs=self.folder.write("film.gif", content))
 
 

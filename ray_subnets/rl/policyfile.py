@@ -294,7 +294,8 @@ def checked(record: dict[str, Any], source: str) -> PolicyConfig:
         plain = configfile.plain_json(record, source)
         return PolicyConfig.model_validate_json(plain, strict=True)
     except ValidationError as error:
-        raise ValueError(configfile.one_line(error, source, _known)) from None
+        line = configfile.one_line(error, source, _known)
+        raise ValueError(line.replace(", or kl_target instead", "")) from None
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = ()) -> PolicyConfig:

@@ -69,7 +69,7 @@ def normalized(advantages: Tensor) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """Scalars of a minibatch; the last three are not trained on."""
+    """Scalars of a minibatch; the last two are not trained on."""
 
     policy: Tensor
     value: Tensor

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_subnets.recipes import derive
+from ray_subnets.strangers import raised
 
 Array = NDArray[Any]
 LAST_LEVEL = 2**31 - 1
@@ -117,9 +118,16 @@ class GymnasiumSimulator:
             self._envs = [
                 gymnasium.make(id, disable_env_checker=True, **options) for _ in range(num_envs)
             ]
-        except (gymnasium.error.Error, ImportError, TypeError) as error:
+        except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, gymnasium.error.UnregisteredEnv) and ":" not in id:
+                reason += " If it is yours, name its module too: my_module:MyEnv-v0."
             raise ValueError(f"env.id: {id!r} cannot be made: {reason}") from None
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
+            raise ValueError(f"env.id: making {id!r} raised {raised(error)}") from error
+        spec = self._envs[0].spec
+        assert spec
+        self._id, self.spec_id = id, spec.id
         self._levels, self._seed, self._first = levels, seed, first
         actions = self._envs[0].action_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
@@ -142,7 +150,16 @@ class GymnasiumSimulator:
         self._episode[i] += 1
         self._level[i] = level
         self._actions[i] = array("q")
-        return self._encode(self._envs[i].reset(seed=level)[0])
+        try:
+            return self._encode(self._envs[i].reset(seed=level)[0])
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
+            raise self._told("reset", error) from error
+
+    def _told(self, what: str, error: BaseException) -> ValueError:
+        """What a user's environment raised, as one line; once."""
+        if isinstance(error, ValueError) and str(error).startswith("env.id: "):
+            return error
+        return ValueError(f"env.id: {what} of {self._id} raised {raised(error)}")
 
     def reset(self) -> Array:
         self._episode[:] = 0
@@ -159,16 +176,19 @@ class GymnasiumSimulator:
         encode = self._encode
         # NumPy's own numbers: Gymnasium takes longer to check Python's.
         each = zip(self._envs, self._actions, actions + self._first_action, strict=True)
-        for i, (env, kept, action) in enumerate(each):
-            frame, reward, end, cut, _ = env.step(action)
-            kept.append(action)
-            rewards[i] = reward
-            frames[i] = encode(frame)
-            if end or cut:
-                terminated[i], truncated[i] = end, cut and not end
-                if not end:
-                    final[i] = frames[i].copy()
-                frames[i] = self._begin(i)
+        try:
+            for i, (env, kept, action) in enumerate(each):
+                frame, reward, end, cut, _ = env.step(action)
+                kept.append(action)
+                rewards[i] = reward
+                frames[i] = encode(frame)
+                if end or cut:
+                    terminated[i], truncated[i] = end, cut and not end
+                    if not end:
+                        final[i] = frames[i].copy()
+                    frames[i] = self._begin(i)
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
+            raise self._told("step", error) from error
         self._frames = frames
         return Stepped(frames, rewards, terminated, truncated, final)
 
@@ -223,7 +243,8 @@ def _encoder(id: str, spaces: Any, space: Any) -> tuple[tuple[int, ...], Callabl
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
         if len(space.shape) == 2:
             return (1, *space.shape), lambda image: image[None]
-        if space.shape[-1] in (1, 3, 4):
+        few = space.shape[-1] < min(space.shape[:2])  # the smallest side is that of channels
+        if space.shape[-1] in (1, 3, 4) or few:
             height, width, channels = space.shape
             return (channels, height, width), lambda image: image.transpose(2, 0, 1)
         return space.shape, np.asarray
