@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -70,8 +71,11 @@ class RunFolder:
         return self._place.root
 
     @staticmethod
-    def check_free(root: str | Path, *, overwrite: bool = False) -> None:
+    def check_free(root: str | Path, *, overwrite: bool = False, wanted: str = "run") -> None:
         """May a new run use this folder? Changes nothing.
+
+        Args:
+            wanted: what it is for: run, sweep or benchmark; only such a folder is overwritten.
 
         Raises:
             ValueError: something is there already and `overwrite` is not set, or it is set and
@@ -85,19 +89,34 @@ class RunFolder:
                 f"--out: {root} is already used; choose another --out, add --overwrite, or "
                 f"continue it with 'ray-subnets resume {root}'"
             )
-        if not folder.exists(CONFIG):
+        kind = folder._kind()
+        if kind != wanted:
+            what = f"a {kind}'s folder, not a {wanted}'s" if kind else f"not a {wanted} folder"
             raise ValueError(
-                f"--overwrite: {root} is not a run folder (no {CONFIG}); nothing was deleted"
+                f"--overwrite: {root} is {what}; nothing was deleted. Remove it yourself, or "
+                "choose another --out"
             )
 
+    def _kind(self) -> str | None:
+        """What this program made here: run, sweep or benchmark; None: nothing that it knows."""
+        try:
+            settings = self.read(CONFIG).decode()
+            if not self.exists("sweep.json") and not self.exists("benchmark.json"):
+                assert "ray_subnets" in self.read_json("environment.json")["packages"]
+            kinds = {"sweep": "sweep", "rows": "benchmark"}
+            found = (kind for key, kind in kinds.items() if re.search(rf"(?m)^{key}:", settings))
+            return next(found, "run")
+        except (ValueError, KeyError, TypeError, AssertionError, OSError):
+            return None
+
     @staticmethod
-    def create(root: str | Path, *, overwrite: bool = False) -> RunFolder:
+    def create(root: str | Path, *, overwrite: bool = False, wanted: str = "run") -> RunFolder:
         """A new, empty run folder.
 
         Raises:
             ValueError: see `check_free`; or the folder cannot be made.
         """
-        RunFolder.check_free(root, overwrite=overwrite)
+        RunFolder.check_free(root, overwrite=overwrite, wanted=wanted)
         folder = RunFolder(root)
         try:
             if overwrite and folder._place.state() != "absent":
@@ -124,6 +143,8 @@ class RunFolder:
             return folder
         if not folder.exists(CONFIG):
             raise ValueError(f"RUN: {root} is not a run folder (no {CONFIG} in it)")
+        if folder.exists("sweep.json"):
+            raise ValueError(f"RUN: {root} is a sweep; 'ray-subnets sweep {root}' goes on with it")
         if not folder.exists(needs):
             raise ValueError(
                 f"RUN: {root} has no {needs}: the run did not finish; "

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.exit(launch.main())
 
 import os
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -349,9 +350,19 @@ def main() -> int:
     if bare:  # `ray submit cluster.yaml ray_subnets/launch.py`, with nothing after it
         sys.argv += ["run", "quickstart", "--overwrite"]
         err.print("No command given: running the quickstart.")
+    stopped = [False]
+
+    def stop(signum: int, frame: Any) -> None:
+        """As Ctrl-C does; `docker stop` and Slurm send this."""
+        stopped[0] = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         app(standalone_mode=True)
     except SystemExit as end:
+        if stopped[0]:
+            return 128 + signal.SIGTERM
         if bare and not end.code:
             out.print(MORE, highlight=False, soft_wrap=True)
         raise

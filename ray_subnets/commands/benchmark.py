@@ -81,10 +81,10 @@ def benchmark(
         settings = benchmarkfile.load(config, overrides or [])
         where = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
         if not plan:
-            RunFolder.check_free(where, overwrite=overwrite)
+            RunFolder.check_free(where, overwrite=overwrite, wanted="benchmark")
         data = benchmark_.prepare(settings)
         if not plan:
-            target = RunFolder.create(where, overwrite=overwrite)
+            target = RunFolder.create(where, overwrite=overwrite, wanted="benchmark")
     count = benchmarkfile.total(settings)
     if plan:
         out.print(

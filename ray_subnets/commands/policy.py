@@ -234,9 +234,9 @@ def sweep(
         path = configfile.find(config)
         settings = policy_sweepfile.parse(configfile.text_of(path), path.name, overrides)
         where = folder or join(os.environ.get("RAY_SUBNETS_RUNS", "runs"), settings.name)
-        RunFolder.check_free(where, overwrite=overwrite)
+        RunFolder.check_free(where, overwrite=overwrite, wanted="sweep")
         data = policy_sweep.check(settings)
-        target = RunFolder.create(where, overwrite=overwrite)
+        target = RunFolder.create(where, overwrite=overwrite, wanted="sweep")
         target.write(CONFIG, settings.to_yaml().encode())
     record = _swept(settings, data, target, serial, address, quiet)
     for title, rows in policy_sweep.shown(record):

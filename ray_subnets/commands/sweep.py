@@ -78,8 +78,8 @@ def sweep(
     where = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
     if "://" in where:
         raise ValueError(f"--out: a sweep needs a folder on a file system, not {where}")
-    RunFolder.check_free(where, overwrite=overwrite)
-    target = RunFolder.create(where, overwrite=overwrite)
+    RunFolder.check_free(where, overwrite=overwrite, wanted="sweep")
+    target = RunFolder.create(where, overwrite=overwrite, wanted="sweep")
     target.write(CONFIG, settings.to_yaml().encode())
     _do(settings, target, serial, address, quiet)
 

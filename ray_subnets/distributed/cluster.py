@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +68,7 @@ def session(
     if ray.is_initialized():  # a notebook, or a test, has connected already
         yield
         return
+    ours = signal.getsignal(signal.SIGTERM)
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
     try:
@@ -85,8 +88,12 @@ def session(
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--address: no Ray cluster at {address}: {reason}; start one with 'ray start --head', "
-            "or use this machine with --address local"
+            "or use this machine with --address local. One that was started with "
+            "RAY_AUTH_MODE=token is joined with RAY_AUTH_MODE=token and its token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
+    if callable(ours) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)  # Ray's would end the process at once
     _found["dashboard"] = getattr(context, "dashboard_url", None) or ""
     try:
         yield

@@ -21,6 +21,7 @@ import ray
 import torch
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private import replica as serve_replica
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -90,6 +91,23 @@ def _samples(requests: list[Array]) -> int:
     return sum(len(request) for request in requests)
 
 
+def _loopback() -> None:
+    """Where Ray is on this machine only, so is the port on which replicas answer each other.
+
+    Serve opens it on all addresses, when the replica's own `__init__` is done, and what is sent
+    there is unpickled.
+    """
+    if ray.util.get_node_ip_address() != "127.0.0.1":
+        return
+    module: Any = serve_replica
+    opened = module.add_port_to_grpc_server
+
+    def here(server: Any, address: str) -> Any:
+        return opened(server, address.replace("[::]", "127.0.0.1"))
+
+    module.add_port_to_grpc_server = here
+
+
 class Replica:
     """One copy of the ensemble, in a process of its own.
 
@@ -102,6 +120,7 @@ class Replica:
     """
 
     def __init__(self, what: What, batch: int, wait: float, threads: int, gpus: float) -> None:
+        _loopback()
         torch.set_num_threads(threads)
         self._device = devices.granted(gpus)
         self._batch, self._what = batch, what.load(self._device)

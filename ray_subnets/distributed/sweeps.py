@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,9 @@ class Live(tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         error = trial.get_error()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        self._monitor.ended(trial.config, error=" ".join(lines[-1].split())[:300])
+        lines = str(error or "").strip().splitlines()
+        told = " ".join(lines[-1].split())[:300] if lines else "its process died again and again"
+        self._monitor.ended(trial.config, error=told, lost=True)
         self._measure()
 
 
@@ -228,6 +230,12 @@ def space(sweep: Sweep) -> dict[str, Any]:
             draw = tune.loguniform if values.log else tune.uniform
             found[key] = draw(values.low, values.high)
     return found
+
+
+def choices(sweep: Sweep) -> dict[str, Any]:
+    """The swept keys of a grid, for cells that are named one by one."""
+    keys = sweep.section.keys.items()
+    return {key: tune.choice(list(values)) for key, values in keys if not isinstance(values, Range)}
 
 
 def parents(sweep: Sweep) -> dict[str, tuple[Config, Fit]]:
@@ -330,18 +338,33 @@ def run(
     monitor.state("running")
     leave_mark(str(folder))
     try:
+        left = monitor.left
+        points, plain = False, bool(sweep.cells()) and section.scheduler.name == "fifo"
+        if plain and Path(path).exists():
+            # What is left of a grid follows from the cells' own files. Tune's are pickle, and hold
+            # the place where they were written.
+            shutil.rmtree(path)
+            algorithm = search.basic_variant.BasicVariantGenerator(points_to_evaluate=left)
+            points = True
         if tune.Tuner.can_restore(path):
-            tuner = tune.Tuner.restore(path, trainable, restart_errored=True)
+            try:
+                tuner = tune.Tuner.restore(path, trainable, restart_errored=True)
+            except (ValueError, AttributeError, TypeError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{folder}: Ray Tune cannot go on from {path} ({reason}); a search goes on "
+                    "only where it was begun: move it back, or begin it anew"
+                ) from None
         else:
             tuner = tune.Tuner(
                 trainable,
-                param_space=space(sweep),
+                param_space=choices(sweep) if points else space(sweep),
                 tune_config=tune.TuneConfig(
                     metric="objective",
                     mode="max",
                     search_alg=algorithm,
                     scheduler=order,
-                    num_samples=section.samples or 1,
+                    num_samples=(section.samples or 1) if not points else len(left),
                     max_concurrent_trials=monitor.slots,
                     reuse_actors=True,
                     trial_dirname_creator=lambda trial: (
@@ -352,7 +375,7 @@ def run(
                     name="tune",
                     storage_path=str(folder.root),
                     callbacks=[Live(str(folder))],
-                    failure_config=tune.FailureConfig(max_failures=1),
+                    failure_config=tune.FailureConfig(max_failures=base.resources.retries),
                     verbose=0,
                 ),
             )
@@ -364,4 +387,7 @@ def run(
         del _MONITORS[str(folder)]
         take_mark(str(folder))
     monitor.state("finished")
+    lost = sum(bool(cell.get("lost")) for cell in monitor.cells.values())
+    if lost:
+        notify(f"{lost} cells were lost with their processes: ray-subnets sweep {folder} does them")
     return monitor.write()

@@ -81,6 +81,7 @@ def collect(sweep: Sweep, cells: Mapping[str, Mapping[str, Any]]) -> list[dict[s
                 "status": cell["status"],
                 "error": cell.get("error"),
                 "worker": cell.get("worker"),
+                **({"lost": True} if cell.get("lost") else {}),
                 "seeds": [{k: v for k, v in one.items() if k != "values"} for one in cell["seeds"]],
                 "mean": means,
                 "stderr": errors,

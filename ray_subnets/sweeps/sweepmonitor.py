@@ -49,6 +49,8 @@ class Monitor:
             self._cell(values)
         for old in self._earlier():
             cell = self._cell(old["values"])
+            if old.get("lost"):  # its machine was to blame: it is done again
+                continue
             if cell["status"] != "done" and old["status"] in ("failed", "stopped"):
                 cell |= {"status": old["status"], "error": old["error"]}
             elif cell["status"] == "waiting" and not sweep.cells():
@@ -87,6 +89,10 @@ class Monitor:
     def state(self, state: str) -> None:
         """A new phase: training parents, running, finished, stopped."""
         self._state = state
+        if state in ("stopped", "finished"):
+            for cell in self.cells.values():
+                if cell["status"] == "running":
+                    cell["status"] = "waiting"
         if state == "running":
             self._first = time.time()
         self.write()
@@ -106,13 +112,24 @@ class Monitor:
         self._write_soon()
 
     def ended(
-        self, values: Mapping[str, Any], *, error: str | None = None, worker: str = ""
+        self,
+        values: Mapping[str, Any],
+        *,
+        error: str | None = None,
+        worker: str = "",
+        lost: bool = False,
     ) -> None:
-        """No more seeds of this cell: all are done, a scheduler stopped it, or it failed."""
+        """No more seeds of this cell: all are done, a scheduler stopped it, or it failed.
+
+        Args:
+            lost: it failed with its process, and is done again when the sweep goes on.
+        """
         cell = self._cell(values)
         whole = len(cell["seeds"]) == len(self.sweep.section.seeds)
         cell["status"] = "failed" if error else "done" if whole else "stopped"
         cell["error"] = error
+        if lost:
+            cell["lost"] = True
         cell["worker"] = worker or cell.get("worker")
         self._ended, self._last = self._ended + 1, time.time()
         count = sum(c["status"] in ("done", "stopped", "failed") for c in self.cells.values())
