@@ -10,7 +10,7 @@ import torch
 
 from ray_subnets import masks, spawning
 from ray_subnets.models import actor_critic
-from ray_subnets.rl import policies
+from ray_subnets.rl import policies, policy_sweep
 from ray_subnets.rl.policies import Played
 from ray_subnets.rl.policy_recipes import Env
 
@@ -119,6 +119,31 @@ def test_an_episode_that_does_not_end_is_named() -> None:
         policies.play(stay, CORRIDOR, seed=0, limit=4)
     with pytest.raises(ValueError, match="episodes: must be at least 1, not 0"):
         policies.play(stay, CORRIDOR, seed=0, episodes=0)
+
+
+def test_levels_that_are_played_again_are_no_new_evidence() -> None:
+    """Two levels, fifty episodes of each that are all alike: the interval is of two numbers."""
+    levels = np.tile([3, 8], 50).reshape(1, 100)
+    zeros, lengths = np.zeros((1, 100)), np.ones((1, 100), np.int64)
+    returns = np.where(levels == 3, 10.0, 30.0)
+    off = policies.paired(Played(returns, lengths, levels), Played(zeros, lengths, levels))
+    assert (off.pairs, off.levels, off.mean) == (100, 2, 20.0)
+    assert (off.low, off.high) == (10.0, 30.0)
+    values = np.random.default_rng(0).normal(size=100)
+    once = policies.sure(values, np.arange(100))
+    assert once == policies.interval(values)
+    # Of whole levels, each with its own number of episodes.
+    twice = policies.sure(values, np.arange(100) // 4)
+    means = values.reshape(25, 4).mean(1)
+    assert twice[1] - twice[0] == pytest.approx(4 * means.std() / 5, rel=0.1)
+
+
+def test_an_interval_over_seeds_covers_what_it_says() -> None:
+    """Student's t of three: 4.303 standard errors to each side."""
+    low, high = policy_sweep.seeds_interval({"by_seed": [1.0, 2.0, 6.0]}) or (0.0, 0.0)
+    assert (low + high) / 2 == pytest.approx(3.0)
+    assert (high - low) / 2 == pytest.approx(4.302653 * (7 / 3) ** 0.5)
+    assert policy_sweep.seeds_interval({"by_seed": [1.0, 2.0]}) is None
 
 
 def test_differences_are_paired_and_their_interval_is_of_the_mean() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from tiny import equal, numbers, run_serial, tiny
+from tiny import TINY, equal, numbers, run_serial, tiny
 
 import ray_subnets
 from ray_subnets import driver, metrics, models
@@ -55,6 +59,23 @@ def test_result_has_what_the_design_promises(finished: tuple[RunFolder, dict[str
     assert set(ensemble["groups"]) == {"noisy", "sparse", "stochastic"}
     assert len(ensemble["by_size"]) == 6
     assert folder.read_json("result.json") == json.loads(json.dumps(record))
+
+
+def test_an_end_that_was_asked_for_is_ctrl_c(tmp_path: Path) -> None:
+    """SIGTERM, as container and batch systems send it: one line, and what was computed is kept."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    line = [sys.executable, "-m", "ray_subnets", "run", "tiny.yaml", "--serial"]
+    process = subprocess.Popen(
+        [*line, "parent.epochs=100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "runs/tiny/checkpoints").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.strip().splitlines()[-1].startswith("Stopped. What was computed is kept")
+    assert "Traceback" not in told
 
 
 def test_the_budget_is_what_was_seen_not_what_was_asked(

@@ -102,6 +102,44 @@ def test_who_sent_what_networks_do_not_take_is_told_and_nobody_else(
     assert refused.value.status == 422
 
 
+LISTENING = """
+import psutil, sys
+own = psutil.Process(int(sys.argv[1]))
+for process in [own, *own.children(recursive=True)]:
+    for place in process.net_connections("tcp"):
+        if place.status == psutil.CONN_LISTEN:
+            print(process.name().split()[0], place.laddr.ip)
+"""
+
+
+def test_a_server_listens_on_this_machine_only_and_ends_when_asked_to(folder: Path) -> None:
+    """Its replicas too: what Ray Serve is sent there it unpickles."""
+    pytest.importorskip("psutil")
+    line = [sys.executable, "-m", "ray_subnets", "serve", str(folder), "--model", "my_nets:build"]
+    served = json.loads((folder / "ensemble.json").read_text())["model"]["name"]
+    line = line[:-2] if served != "given" else line
+    process = subprocess.Popen(
+        [*line, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        while "Serving" not in said:
+            said = process.stdout.readline()
+            assert said or process.poll() is None
+        answer = subprocess.run(
+            [sys.executable, "-c", LISTENING, str(process.pid)], capture_output=True, text=True
+        )
+        places = [tuple(one.split()) for one in answer.stdout.splitlines()]
+        assert any("Replica" in name for name, _ in places), places
+        loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+        assert not [one for one in places if one[1] not in loopback]
+    finally:
+        process.terminate()
+        rest, _ = process.communicate(timeout=60)
+    assert "Stopped." in rest
+
+
 def test_what_a_cascade_says(ensemble: rs.Ensemble, inputs: torch.Tensor) -> None:
     """In this process: names and shapes are those of the README."""
     from ray_subnets.distributed.serving import predict

@@ -71,6 +71,11 @@ def test_a_folder_of_any_kind(root: str) -> None:
     if root.startswith(("s3", "fsspec")):
         with pytest.raises(ValueError, match="needs a folder on this machine"):
             _ = RunFolder(root).root
+    with pytest.raises(ValueError, match=r"not a run folder.*nothing was deleted"):
+        RunFolder.create(root, overwrite=True)  # anybody may have a config.yaml
+    folder.write_json("environment.json", {"packages": {"ray_subnets": "0.2.0"}})
+    with pytest.raises(ValueError, match=r"a run's folder, not a sweep's; nothing was deleted"):
+        RunFolder.create(root, overwrite=True, wanted="sweep")
     again = RunFolder.create(root, overwrite=True)
     assert not again.exists("config.yaml")
     again.write("mine.txt", b"years of work")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -125,6 +126,43 @@ def test_two_sweeps_on_one_ray(session: None, tmp_path: Path) -> None:
         thread.join()
     for name, settings in overrides.items():
         assert plain(found[name]) == plain(swept(tmp_path / f"{name}-alone", *settings))
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_a_grid_goes_on_elsewhere_and_reads_no_pickle(session: None, tmp_path: Path) -> None:
+    """Of what is left of it; a cell that was lost with its process is done, one that failed not."""
+    first = tmp_path / "first"
+    whole = on_tune(first)
+    for path in sorted((first / "trials").glob("*.json"))[:2]:
+        path.unlink()
+    moved = first.rename(tmp_path / "moved")
+    (moved / "tune").mkdir(exist_ok=True)
+    (moved / "tune" / "tuner.pkl").write_bytes(pickle.dumps(Evil(tmp_path / "evil")))
+    settings = parse(text=(moved / "config.yaml").read_text())
+    monitor = Monitor(RunFolder(moved), settings)
+    assert 1 <= len(monitor.left) <= 2
+    record = sweeps.run(settings, RunFolder(moved), monitor)
+    assert plain(record) == plain(whole)
+    assert not (tmp_path / "evil").exists()
+    found = json.loads((moved / "sweep.json").read_text())
+    found["trials"][0] |= {"status": "failed", "error": "its process died", "lost": True}
+    found["trials"][1] |= {"status": "failed", "error": "sigma: too large"}
+    for trial in found["trials"][:2]:
+        for path in (moved / "trials").glob("*.json"):
+            if json.loads(path.read_text()).get("values") == trial["values"]:
+                path.unlink()
+    (moved / "sweep.json").write_text(json.dumps(found))
+    again = Monitor(RunFolder(moved), settings)
+    assert again.left == [found["trials"][0]["values"]]
 
 
 @pytest.mark.cluster

@@ -192,6 +192,8 @@ class Difference:
     low: float
     high: float
     pairs: int
+    levels: int
+    """different ones among them"""
     better: int
     """pairs in which the first has the larger return"""
     worse: int
@@ -217,6 +219,25 @@ def interval(
     return float(low), float(high)
 
 
+def sure(
+    values: NDArray[np.float64], levels: NDArray[Any], *, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float]:
+    """`interval` of the mean over episodes `(n,)` on `levels` `(n,)`.
+
+    Episodes on one level are alike. Where each was played twice or more on average levels are drawn
+    again, with all of their episodes, and not episodes (the cluster bootstrap; Davison and Hinkley
+    1997, section 3.8).
+    """
+    which, place = np.unique(levels, return_inverse=True)
+    if 2 * len(which) > len(values):
+        return interval(values, seed=seed, resamples=resamples)
+    sums, counts = np.bincount(place, values), np.bincount(place)
+    rng = np.random.Generator(np.random.SFC64(derive(seed, "bootstrap")))
+    drawn = rng.integers(len(which), size=(resamples, len(which)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired(a: Played, b: Played, *, seed: int = 0, resamples: int = 10_000) -> Difference:
     """`a` minus `b`, episode by episode on the same levels.
 
@@ -226,12 +247,13 @@ def paired(a: Played, b: Played, *, seed: int = 0, resamples: int = 10_000) -> D
     if a.levels.shape != b.levels.shape or (a.levels != b.levels).any():
         raise ValueError("the two policies did not play the same levels; use one seed and one env")
     off = (a.returns - b.returns).reshape(-1)
-    low, high = interval(off, seed=seed, resamples=resamples)
+    low, high = sure(off, a.levels.reshape(-1), seed=seed, resamples=resamples)
     return Difference(
         mean=float(off.mean()),
         low=low,
         high=high,
         pairs=len(off),
+        levels=len(np.unique(a.levels)),
         better=int((off > 0).sum()),
         worse=int((off < 0).sum()),
     )

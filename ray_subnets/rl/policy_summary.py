@@ -11,7 +11,7 @@ import numpy as np
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.recipes import ChildSpec, Result, Stored
 from ray_subnets.rl.envs import reward_range
-from ray_subnets.rl.policies import Played, interval, paired
+from ray_subnets.rl.policies import Played, paired, sure
 from ray_subnets.rl.policy_jobs import Match, Player
 from ray_subnets.rl.policy_recipes import Env
 from ray_subnets.summary import busy_seconds
@@ -77,7 +77,7 @@ def described(lines: Sequence[Line], env: Env, seed: int) -> list[dict[str, Any]
     for line in lines:
         player, played = line.player, line.played
         mean = float(played.returns.mean())
-        low, high = interval(played.returns.reshape(-1), seed=seed)
+        low, high = sure(played.returns.reshape(-1), played.levels.reshape(-1), seed=seed)
         rows.append(
             {
                 "name": player.name,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from ray_subnets import environment, pages
 from ray_subnets.checkpoints import CONFIG, RunFolder
@@ -18,7 +19,6 @@ from ray_subnets.pools import Pool
 from ray_subnets.population import Report
 from ray_subnets.recipes import Job, Note, Result
 from ray_subnets.rl import policy_figures, policy_run, policy_table
-from ray_subnets.rl.policies import interval
 from ray_subnets.rl.policy_jobs import PolicyCell
 from ray_subnets.rl.policy_sweepfile import PolicySweep
 from ray_subnets.stored import stored_result
@@ -196,7 +196,8 @@ def _pooled_row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row["difference"] = None
     if differences[0]:
         row["difference"] = _joined(differences) | {
-            key: sum(one[key] for one in differences) for key in ("pairs", "better", "worse")
+            key: sum(one[key] for one in differences)
+            for key in ("pairs", "levels", "better", "worse")
         }
         row["by_seed"] = [one["mean"] for one in differences]
     return row
@@ -216,9 +217,14 @@ def _joined(same: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def seeds_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Bootstrap interval of a difference over seeds; None for fewer than three."""
+    """95 % interval of a difference over seeds, by Student's t: a bootstrap of so few covers far
+    less. None for fewer than three."""
     values = np.array(row.get("by_seed", ()))
-    return interval(values) if len(values) >= 3 else None
+    if len(values) < 3:
+        return None
+    error = float(values.std(ddof=1)) / len(values) ** 0.5
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return float(values.mean()) - reach, float(values.mean()) + reach
 
 
 def shown(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

@@ -90,7 +90,9 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
             word = "lower than"
         else:
             word = "within chance of"
-        interval = f"[{off['low']:+.2f}, {off['high']:+.2f}], {off['pairs']} pairs"
+        levels = off.get("levels", off["pairs"])  # folders of before have none
+        of = f" on {levels} levels" if 2 * levels <= off["pairs"] else ""
+        interval = f"[{off['low']:+.2f}, {off['high']:+.2f}], {off['pairs']} pairs{of}"
         lines.append(
             f"{one['levels']} levels, {one['choose']}: {first['name']} of {first['members']}, is "
             f"{word} its parent ({off['mean']:+.2f} {interval})."
