@@ -159,6 +159,7 @@ def ensemble(
         flip=flip,
     )
     size = given["train"].batch_size
+    whole = networks.kept_whole(network, given["val"], preprocess) if network else networks.Whole()
     config = _config(
         {
             "name": "ensemble",
@@ -166,7 +167,10 @@ def ensemble(
             "data": {"name": "given"},
             "model": name,
             "parent": _trained("parent", parent, size) or {"epochs": 0},
-            "children": groups_of(method, children, _trained("tune", tune, size)),
+            "children": [
+                whole.settings(group)
+                for group in groups_of(method, children, _trained("tune", tune, size))
+            ],
             "head": head,
             "select": ({"by": "rmse"} if head == "mse" else {})
             | ({"count": select} if isinstance(select, int) else dict(select or {})),

@@ -64,6 +64,11 @@ class DataSection(Section):
     """default: the largest training label plus one; for spirals the number of arms, default 3"""
     noise: NonNegative | None = None
     """spirals: standard deviation in the plane, where they reach out to 3; default 0.15"""
+    mean: tuple[float, ...] | None = None
+    """of each channel of uint8 images, from 0 to 1, as a trained network saw them; default the
+    training images' own, or the published one"""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """the same: standard deviations; mean: [0] and std: [1] are pixels / 255"""
     crop: Annotated[int, Field(ge=0, le=64)] = 0
     """pixels of padding before a random crop"""
     flip: bool = False

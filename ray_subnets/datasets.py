@@ -6,7 +6,7 @@ import gzip
 import math
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -296,6 +296,8 @@ def load(
     crop: int = 0,
     flip: bool = False,
     num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     noise: float | None = None,
     size: int | None = None,
     resize: int | None = None,
@@ -311,7 +313,7 @@ def load(
         validation_from: which part they are taken from.
         split_seed: which samples; apart from the run's seed, so that all seeds of a study share it.
         train_limit: train on a fixed random subset of this size.
-        noise, size, resize, workers: see `config.DataSection`.
+        mean, std, noise, size, resize, workers: see `config.DataSection`.
 
     Raises:
         ValueError: unknown name, files missing or damaged, or unusable contents.
@@ -335,6 +337,8 @@ def load(
         "num_classes": num_classes,
         "crop": crop,
         "flip": flip,
+        "mean": mean is not None,
+        "std": std is not None,
     }
     source = _read(name, options, given)
     if isinstance(source, Data):
@@ -363,10 +367,32 @@ def load(
     if train_limit is not None and train_limit < len(train):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed + 1))
         train = train.take(order[:train_limit].sort().values)
-    preprocess = (
-        Preprocess(extra["mean"], extra["std"]) if "mean" in extra else statistics(train.images)
-    )
+    if mean is not None or std is not None:
+        preprocess = _normalised(mean, std, train)
+    elif "mean" in extra:
+        preprocess = Preprocess(extra["mean"], extra["std"])
+    else:
+        preprocess = statistics(train.images)
     return check(Data(name, train, held_out, test, num_classes, preprocess, crop=crop, flip=flip))
+
+
+def _normalised(
+    mean: Sequence[float] | None, std: Sequence[float] | None, train: Split
+) -> Preprocess:
+    """As the user says."""
+    channels = train.images.shape[1]
+    if train.images.dtype != torch.uint8:
+        raise ValueError("data.mean, data.std: are for uint8 images; these are network inputs")
+    for key, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) not in (1, channels):
+            raise ValueError(
+                f"data.{key}: a number for each of {channels} channels, or one for all; give both "
+                "mean and std"
+            )
+    assert mean is not None
+    assert std is not None
+    full = [tuple(v) * (channels if len(v) == 1 else 1) for v in (mean, std)]
+    return Preprocess(*full)
 
 
 def _read(name: str, options: Options, given: Mapping[str, Any]) -> Loaded | Data:

@@ -83,7 +83,8 @@ def check(config: Config, data: Data, model: nn.Module) -> None:
         check_target(job.kl_target, data.num_classes)
     seen = set()
     for spec in config.specs():
-        key = (spec.mask_classifier, spec.structure if spec.structure in KINDS else "weight")
+        structure = spec.structure if spec.structure in KINDS else "weight"
+        key = (spec.mask_classifier, structure, spec.whole)
         if key not in seen:
             seen.add(key)
             anatomy(model, spec, data.input_shape, data.input_dtype)

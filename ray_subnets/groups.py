@@ -75,6 +75,9 @@ class Group(Section):
     """which weights make the subnetwork: random ones, or the largest (L1) of the parent"""
     mask_classifier: bool = False
     """also mask the last layer"""
+    whole: tuple[str, ...] = ()
+    """weights that are never masked, by name or pattern (`backbone.*`); in Python frozen ones are
+    added"""
     recompute_norm: bool = False
     """batch-norm statistics of each child from training images, before any tuning"""
     draws_of: Annotated[int, Field(ge=0)] | None = None
@@ -112,6 +115,7 @@ class Group(Section):
                     part=place % self.partition,
                     parts=self.partition,
                     mask_classifier=self.mask_classifier,
+                    whole=self.whole,
                     structure=self.structure,
                     scope=self.scope,
                     criterion=self.criterion,
@@ -122,6 +126,15 @@ class Group(Section):
                 )
             )
         return specs
+
+    @model_validator(mode="after")
+    def _weights_or_units(self) -> Group:
+        if self.whole and self.structure in ("neuron", "channel", "unit"):
+            raise ValueError(
+                f"whole: is for single weights and layers; units ({self.structure}) are coupled "
+                "through all layers"
+            )
+        return self
 
     def _check_sets(self, what: str) -> None:
         if self.count % self.set_size:

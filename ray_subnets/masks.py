@@ -9,6 +9,9 @@ the same bits on every processor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -23,15 +26,20 @@ MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """layers with weights that a subnetwork may leave out"""
 
 
-def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.Size]:
+def maskable(
+    model: nn.Module, *, classifier: bool = False, whole: Sequence[str] = ()
+) -> dict[str, torch.Size]:
     """Names and shapes of the weights that a subnetwork may leave out.
 
     Convolution and linear weights; biases and normalisation parameters never. The last such layer
     in registration order, the classifier, stays dense unless `classifier` is set (convention of
     the dissertation's own code).
 
+    Args:
+        whole: names, or patterns, of weights that stay dense too.
+
     Raises:
-        ValueError: nothing is left to mask.
+        ValueError: nothing is left to mask, or there is no such weight.
     """
     weights = {id(parameter): name for name, parameter in model.named_parameters()}
     names = []
@@ -47,6 +55,13 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.S
             names.append(name)
     names = list(dict.fromkeys(names))  # a tied weight is one weight
     kept = names if classifier else names[:-1]
+    for pattern in whole:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"whole: no weight that could be masked is named {pattern!r}; there are "
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+    kept = [name for name in kept if not any(fnmatchcase(name, one) for one in whole)]
     if not kept:
         raise ValueError(
             "model: no convolution or linear layer to mask"
@@ -54,6 +69,31 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, torch.S
         )
     parameters = dict(model.named_parameters())
     return {name: parameters[name].shape for name in kept}
+
+
+@torch.no_grad()
+def output_layer(model: nn.Module, x: Tensor) -> str | None:
+    """The weight of the layer that is asked last for an answer: the classifier, wherever it was
+    registered; None if no layer that may be masked is asked."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    asked: list[str] = []
+    training = model.training
+    with ExitStack() as hooks:
+        for module in model.modules():
+            name = names.get(id(module.weight)) if isinstance(module, MASKABLE) else None
+            if name is not None:
+                note = partial(_note, asked, name)
+                hooks.callback(module.register_forward_hook(note).remove)
+        model.eval()
+        try:
+            model(x)
+        finally:
+            model.train(training)
+    return asked[-1] if asked else None
+
+
+def _note(asked: list[str], name: str, *_: object) -> None:
+    asked.append(name)
 
 
 def _split(flat: Tensor, shapes: Shapes) -> Masks:

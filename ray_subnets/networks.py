@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ray_subnets import blueprint, models
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.data import Preprocess
 from ray_subnets.inputs import are_probabilities, described
+from ray_subnets.masks import maskable, output_layer
 from ray_subnets.regression import OUTPUTS
 from ray_subnets.sources import Source
 from ray_subnets.stored import load_weights
@@ -82,6 +84,46 @@ def examined(
                 "the model"
             )
     return network, weights, called, classes
+
+
+def kept_whole(network: Blueprint, val: Source, preprocess: Preprocess | None) -> Whole:
+    """What of a network that was given is not to be masked unless that is asked for: frozen
+    weights, and the layer that gives the outputs if it was not registered last.
+
+    Args:
+        val: its first sample is what the network is asked about.
+    """
+    model = network.build()
+    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    names = list(maskable(model, classifier=True))
+    frozen = [name for name in names if not grads[name]] if any(grads.values()) else []
+    images = val.split.images[torch.arange(1)]
+    inputs = (preprocess or Preprocess())(next(iter(images.split(1))).cpu())
+    head = output_layer(model, inputs)
+    if not set(names) - {*frozen, head}:
+        frozen = []  # all there is to mask
+    return Whole(tuple(frozen), head if head != names[-1] else None)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """See `kept_whole`."""
+
+    frozen: tuple[str, ...] = ()
+    head: str | None = None
+
+    def settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group of children that leaves them alone; one that removes units is left as it is."""
+        if group.get("structure", "weight") not in ("weight", "layer"):
+            return group
+        more = list(self.frozen)
+        settings = dict(group)
+        if self.head is not None and not group.get("mask_classifier"):
+            more.append(self.head)
+            settings["mask_classifier"] = True  # the layer that was registered last is another
+        if more:
+            settings["whole"] = list(dict.fromkeys([*group.get("whole", ()), *more]))
+        return settings
 
 
 def named(value: Any, argument: str) -> dict[str, Any]:

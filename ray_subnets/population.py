@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import metrics, models, regression, sparse, supervised, trust_region
+from ray_subnets import masks, metrics, models, regression, sparse, supervised, trust_region
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
@@ -95,7 +95,8 @@ class Worker:
         self.device = torch.device(device)
         self.data = data.to(self.device)
         self.parent: dict[str, Tensor] = {}
-        self._anatomies: dict[tuple[bool, str], Anatomy] = {}
+        self._anatomies: dict[tuple[bool, str, tuple[str, ...]], Anatomy] = {}
+        self._unexpected: tuple[str | None, list[str]] | None = None
         self._earlier: float | None = None  # seconds that earlier attempts spent on this job
         self._timings: dict[str, float] = {}
         self._started = 0.0
@@ -254,6 +255,7 @@ class Worker:
             stored = self.folder.save_tensors(f"children/{spec.id}.safetensors", packed)
         kept = kept_fractions(model, made.body, made.masks if method.prunes else {})
         notes = tuple(f"{name} is pruned to nothing" for name, left in kept.items() if left == 0)
+        notes += self._masked_all_the_same(spec, made.body)
         result = self.finish(spec, model, stored, made.images)
         acted = {}
         if anneals(spec) or spec.prune_epochs:
@@ -293,11 +295,30 @@ class Worker:
 
     def anatomy(self, model: nn.Module, spec: ChildSpec) -> Anatomy:
         """What may be left out of the run's network; found once for each kind of recipe."""
-        key = (spec.mask_classifier, spec.structure)
+        key = (spec.mask_classifier, spec.structure, spec.whole)
         if key not in self._anatomies:
             data = self.data
             self._anatomies[key] = anatomy(model, spec, data.input_shape, data.input_dtype)
         return self._anatomies[key]
+
+    def _masked_all_the_same(self, spec: ChildSpec, body: Anatomy) -> tuple[str, ...]:
+        """What a user may not expect to be masked: the output layer, frozen weights."""
+        if self._unexpected is None:
+            model, images = self.blank(), self.data.validation.images
+            first = next(iter(images[torch.arange(1)].split(1)))
+            head = masks.output_layer(model, self.data.preprocess(first))
+            grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+            frozen = [name for name, learns in grads.items() if not learns]
+            self._unexpected = head, frozen if any(grads.values()) else []
+        head, frozen = self._unexpected
+        found = []
+        if head in body.shapes and not spec.mask_classifier:
+            found.append(f"{head} gives the outputs and is masked; keep it: whole: [{head}]")
+        frozen = [name for name in frozen if name in body.shapes]
+        if frozen:
+            some = f"{frozen[0]}{f' and {len(frozen) - 1} more' if frozen[1:] else ''}"
+            found.append(f"frozen weights are masked: {some}; keep them by whole: [PATTERN]")
+        return tuple(found)
 
     def train(
         self,

@@ -96,6 +96,8 @@ class ChildSpec(Described):
     """1: no partition; 2: mask and complement; k: k parts of 1/k each"""
     mask_classifier: bool = False
     """also mask the last layer"""
+    whole: tuple[str, ...] = ()
+    """weights that no mask touches, by name or pattern (`backbone.*`)"""
     structure: Structure = "weight"
     """what is drawn: single weights; output units of linear layers (neuron), of convolutions
     (channel) or of both (unit), which are then really removed; whole layers (section 3.2.1)"""

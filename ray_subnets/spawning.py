@@ -52,7 +52,7 @@ def anatomy(
     Raises:
         ValueError: nothing in it can be masked or removed, or `input_shape` is needed.
     """
-    shapes = masks_.maskable(model, classifier=spec.mask_classifier)
+    shapes = masks_.maskable(model, classifier=spec.mask_classifier, whole=spec.whole)
     parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
     if spec.structure not in KINDS:
         return Anatomy(shapes, parameters)

@@ -32,6 +32,10 @@ _REASONS = {  # in what pyarrow says -> what it means here
 }
 
 
+_UMASK = os.umask(0o077)  # who may read new files: asked once, since asking sets it
+os.umask(_UMASK)
+
+
 class Place(Protocol):
     """A folder. Names are relative, with `/`; all methods raise `OSError` when storage fails."""
 
@@ -184,7 +188,7 @@ class LocalPlace:
                 file.flush()
                 if lasting:
                     os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~_UMASK)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

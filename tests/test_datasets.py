@@ -222,6 +222,18 @@ def save(folder: Path, **arrays: np.ndarray) -> str:
     return str(path)
 
 
+def test_images_as_a_trained_network_saw_them() -> None:
+    plain = datasets.load("digits", mean=[0.0], std=[1.0])
+    assert plain.preprocess == Preprocess((0.0,), (1.0,))
+    seen = plain.preprocess(plain.train.images[:5])
+    torch.testing.assert_close(seen, plain.train.images[:5].float() / 255)
+    for bad in ({"mean": [0.0]}, {"mean": [0.0, 0.0], "std": [1.0, 1.0]}):
+        with pytest.raises(ValueError, match=r"data\.(mean|std): a number for each of 1 channels"):
+            datasets.load("digits", **bad)
+    with pytest.raises(ValueError, match=r"data\.mean, data\.std: are for uint8 images"):
+        datasets.load("spirals", mean=[0.0], std=[1.0])
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize(
     ("shape", "seen"),

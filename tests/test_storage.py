@@ -87,6 +87,16 @@ def test_a_folder_of_any_kind(root: str) -> None:
     assert runs(parent, "r*") == [str(again)]
 
 
+def test_who_may_read_files_is_what_the_user_says(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.umask(0o077)\n"
+        "from ray_subnets.checkpoints import RunFolder\n"
+        "RunFolder.create(sys.argv[1]).write('config.yaml', b'')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True)
+    assert (tmp_path / "run/config.yaml").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_query_stays_behind_the_path(s3: Server) -> None:
     """`?endpoint_override=...` instead of the environment; joined paths keep it at their end."""
     query = f"?endpoint_override=127.0.0.1:{s3.port}&scheme=http&region=us-east-1"
