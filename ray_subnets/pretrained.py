@@ -132,8 +132,8 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict
     if len(missing) == len(wanted) - len(old):
         said = ["none of its names are the network's"]
     else:
-        said = [f"{_some(missing)} missing"] * bool(missing)
-    said += [f"{_some(unknown)} unexpected"] * bool(unknown) + shapes[:3]
+        said = [f"{_some(missing)} {_are(missing)} missing"] * bool(missing)
+    said += [f"{_some(unknown)} {_are(unknown)} unexpected"] * bool(unknown) + shapes[:3]
     if said:
         more = f" and {len(shapes) - 3} more shapes" if len(shapes) > 3 else ""
         raise ValueError(
@@ -148,7 +148,11 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more + (" are" if len(names) > 1 else " is")
+    return ", ".join(names[:3]) + more
+
+
+def _are(names: list[str]) -> str:
+    return "are" if len(names) > 1 else "is"
 
 
 def _line(error: BaseException) -> str:

@@ -172,7 +172,7 @@ class LocalPlace:
         path = self.root / name
         if not path.parent.is_dir():
             if not self.root.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "the run folder is gone")
+                raise FileNotFoundError(errno.ENOENT, "there is no such folder (any more)")
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

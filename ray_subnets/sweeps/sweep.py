@@ -245,7 +245,7 @@ def chosen_overrides(root: str) -> dict[str, Any]:
     """The settings that a finished sweep chose: path -> value.
 
     Raises:
-        ValueError: no such sweep, or none of its cells can be chosen.
+        ValueError: no such sweep, it is not finished, or none of its cells can be chosen.
     """
     folder = RunFolder(root)
     if not folder.exists(RECORD):
@@ -257,7 +257,13 @@ def chosen_overrides(root: str) -> dict[str, Any]:
         why = f" with a KL within {bound:g}" if bound else ""
         raise ValueError(
             f"--from-sweep: {root} chose nothing: no cell is finished{why}; finish it with "
-            "'ray-subnets sweep --resume', or sweep smaller values"
+            f"'ray-subnets sweep {root}', or sweep smaller values"
+        )
+    left = sum(trial["status"] in ("waiting", "running") for trial in record.get("trials", ()))
+    if left:
+        raise ValueError(
+            f"--from-sweep: {root} is not finished, {left} cells are left, and another may be "
+            f"better; go on with 'ray-subnets sweep {root}'"
         )
     return found
 

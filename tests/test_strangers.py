@@ -1,0 +1,281 @@
+"""What users' own networks, data and calls do wrong: one line, or made to work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from tiny import TINY, run_serial, tiny
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import ray_subnets as rs
+from ray_subnets import configfile, datasets, driver, flops, models
+from ray_subnets.checkpoints import RunFolder
+
+X, Y = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
+METHOD, TUNE = rs.Sparse(sparsity=0.5), rs.OneCycle(epochs=1)
+
+
+def net(outputs: int = 3, width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
+def make(model: nn.Module | None = None, **how: Any) -> rs.Ensemble:
+    settings: dict[str, Any] = {"method": METHOD, "children": 2, "tune": TUNE, "progress": False}
+    return rs.ensemble(model or net(), (X, Y), (X, Y), **settings | how)
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> rs.Ensemble:
+    return make()
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+class Auxiliary(nn.Module):
+    """Two outputs while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.body(x).relu()
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_a_second_output_in_training_is_left_alone() -> None:
+    made = make(Auxiliary())
+    assert made(X).shape == (90, 3)
+
+
+def test_probabilities_are_no_logits() -> None:
+    model = nn.Sequential(net(), nn.Softmax(1))
+    with pytest.raises(ValueError, match=r"^model: it gives probabilities.*leave out the softmax"):
+        make(model)
+    assert make(nn.Sequential(net(), nn.LogSoftmax(1)))(X).shape == (90, 3)
+
+
+def test_computed_weights_are_named() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"^model: 0\.weight is computed from other tensors"):
+        make(model)
+
+
+class Weights(nn.Module):
+    """What Hugging Face's networks return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Any:
+        return type("Output", (), {"logits": self.net(x)})()
+
+
+def test_who_gives_an_object_with_logits_is_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"gives Output for 2 inputs.*return its \.logits"):
+        make(Weights())
+
+
+def test_shared_weights_cost_each_of_their_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[1].weight = model[0].weight
+    cost = flops.forward_cost(model, (8,))
+    assert cost.total == 2 * (64 + 64 + 24)
+    assert cost.by_weight == {"0.weight": 2 * 128, "2.weight": 2 * 24}
+    assert cost.nonzero({"0.weight": 0.5}) == 2 * (64 + 24)
+
+
+MINE = """
+import torch
+from torch import nn
+
+def broken(num_classes):
+    return {}["weights"]
+
+def frozen(num_classes):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
+    return model.requires_grad_(False)
+
+made = frozen(10)
+
+def missing():
+    raise FileNotFoundError("photos.bin")
+
+def real():
+    return (torch.rand(30, 4), torch.rand(30)), (torch.rand(9, 4), torch.rand(9))
+
+def grey():
+    x = torch.randint(0, 256, (30, 9, 7), dtype=torch.uint8)
+    return (x, torch.arange(30) % 3), (x, torch.arange(30) % 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model=mine:broken"], [r"model: building it raised KeyError: 'weights'", r"mine\.py, l"]),
+        (["model=mine:made"], [r"model: it is a network; name a function or class"]),
+        (
+            ["data=mine:missing"],
+            [r"'mine:missing' raised FileNotFoundError: photos\.bin \(", "mine"],
+        ),
+        (["data=mine:real"], [r"gives labels of torch\.float32; they must be integers"]),
+        (["children=[{method: sparse, count: 1, sparsity: 2, tune: {epochs: 1}}]"], [r"not 2$"]),
+        (["children=[{method: sparse, count: 1, sparsity: 2, tune: {epochs: x}}]"], ["and 1 more"]),
+    ],
+)
+def test_on_the_command_line_it_is_one_line(
+    command: Command, tmp_path: Path, settings: list[str], words: list[str]
+) -> None:
+    import re
+
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done = command("run", "tiny.yaml", "--serial", *settings, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    for word in words:
+        assert re.search(word, line), line
+
+
+def test_an_all_frozen_network_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_2.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    record = run_serial(
+        tiny("model=mine_2:frozen", "single=false"), RunFolder.create(tmp_path / "run")
+    )
+    assert record["parent"]["test"]["accuracy"] > 0.2
+    assert models.build("mine_2:frozen", (1, 8, 8), 10, {}, 0)[1].weight.requires_grad
+    data = datasets.load("mine_2:grey")
+    assert data.input_shape == (1, 9, 7)
+
+
+# --- data that changed ----------------------------------------------------------------------------
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    settings = tiny("single=false")
+    run_serial(settings, folder)
+    data = driver.load_data(settings)
+    driver.prepare(settings, data, folder)
+    changed = data.train.labels.clone()
+    changed[7] = (changed[7] + 1) % 10
+    other = rs.Data(
+        data.name,
+        rs.Split(data.train.images, changed),
+        *(data.validation, data.test, data.num_classes, data.preprocess),
+    )
+    with pytest.raises(ValueError, match=r"^data: digits is not what .* inputs or labels changed"):
+        driver.prepare(settings, other, folder)
+
+
+def test_a_call_that_was_stopped_at_once_goes_on(tmp_path: Path) -> None:
+    whole = make(folder=tmp_path / "whole")
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "given.json").write_bytes((tmp_path / "whole/given.json").read_bytes())
+    assert torch.equal(make(folder=early)(X), whole(X))
+    with pytest.raises(ValueError, match=r"folder: .*holds another run"):
+        make(net(width=9), folder=early)
+
+
+def test_data_of_python_are_not_known_by_name() -> None:
+    with pytest.raises(ValueError, match=r"data: they were given in Python.*ensemble\("):
+        datasets.load("given")
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"crop": -1}, "crop: must be a whole number of pixels"),
+        ({"crop": 1.5}, "crop: must be a whole number of pixels"),
+        ({"flip": "no"}, "flip: must be True or False, not 'no'"),
+        ({"preprocess": (0.5, 0.5)}, r"preprocess: must be Preprocess\(mean"),
+        ({"preprocess": rs.Preprocess(0.5, 0.5)}, r"preprocess: must be Preprocess\(mean"),
+        ({"resources": "x"}, "resources: must be a mapping"),
+        ({"folder": 5}, "folder: must be a path or a URI, not 5"),
+    ],
+)
+def test_arguments_of_another_kind(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{says}"):
+        make(**how)
+
+
+def test_gradients_that_are_off_are_on_for_tuning(ensemble: rs.Ensemble) -> None:
+    with torch.no_grad():
+        made = make()
+    assert torch.equal(made(X), ensemble(X))
+
+
+def test_arrays_of_numpy_are_answered(ensemble: rs.Ensemble) -> None:
+    x = X.numpy()
+    assert torch.equal(ensemble(x), ensemble(X))
+    assert torch.equal(ensemble.predict(x).probabilities, ensemble.predict(X).probabilities)
+    cascade = rs.Cascade.fit(ensemble, x, Y.numpy())
+    assert torch.equal(cascade.predict(x)[0], cascade.predict(X)[0])
+    assert cascade(x).shape == (90, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (X[:, :4], r"x: inputs are \(N, 6\), not \(90, 4\)"),
+        (X.byte(), "x: these are uint8 images, and the ensemble was not made of images"),
+    ],
+)
+def test_inputs_that_do_not_fit(ensemble: rs.Ensemble, x: Tensor, says: str) -> None:
+    for ask in (ensemble, ensemble.predict, ensemble.ask):
+        with pytest.raises(ValueError, match=says):
+            ask(x)
+
+
+@pytest.mark.parametrize("y", [Y[:5], Y[:0], Y.float(), Y[:, None]])
+def test_labels_that_do_not_fit(ensemble: rs.Ensemble, y: Tensor) -> None:
+    for ask in (ensemble.calibrate, lambda x, y: rs.Cascade.fit(ensemble, x, y)):
+        with pytest.raises(ValueError, match=r"y: must be integer labels \(N,\) of the 90 inputs"):
+            ask(X, y)
+    assert not ensemble.calibrated
+
+
+def test_labels_and_fractions_out_of_range(ensemble: rs.Ensemble) -> None:
+    with pytest.raises(ValueError, match="y: labels must be from 0 to 2"):
+        ensemble.calibrate(X, Y + 1)
+    for keep in (0, 2):
+        with pytest.raises(ValueError, match="keep: must be above 0 and at most 1"):
+            rs.Cascade.fit(ensemble, X, Y, keep=keep)
+
+
+def test_grey_images_need_no_channel(tmp_path: Path) -> None:
+    settings = tiny("single=false")
+    run_serial(settings, RunFolder.create(tmp_path / "run"))
+    ensemble = rs.load(tmp_path / "run")
+    images = driver.load_data(settings).test.images
+    assert torch.equal(ensemble(images[:, 0].numpy()), ensemble(images))
+
+
+def test_a_vote_of_one_is_what_it_thinks(tmp_path: Path) -> None:
+    vote, mean = (
+        run_serial(tiny("single=false", f"combine={how}"), RunFolder.create(tmp_path / how))
+        for how in ("vote", "probabilities")
+    )
+    assert vote["parent"]["test"] == mean["parent"]["test"]
+    assert vote["mean_child"] == mean["mean_child"]
+    assert vote["ensemble"]["by_size"][0] == mean["ensemble"]["by_size"][0]
+
+
+def test_only_one_problem_is_one() -> None:
+    group = "{method: sparse, count: 1, sparsity: 1.5, tune: {epochs: 1}}"
+    with pytest.raises(ValueError, match=r"sparsity: .*, not 1\.5$"):
+        configfile.parse(TINY, "tiny", [f"children=[{group}]"])
