@@ -196,7 +196,7 @@ class Detection(nn.Module):
     ("model", "x", "says"),
     [
         (Recurrent(), None, "model: no convolution or linear layer to mask; set mask_classifier"),
-        (Words(), torch.zeros(4, 6, dtype=torch.int64), "train: inputs are torch.int64; they must"),
+        (Words(), torch.zeros(4, 6, dtype=torch.int64), r"model: it does not take inputs of shape"),
         (Detection(), None, r"model: it gives dict for 2 inputs; it must return logits"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5, CLASSES)),
@@ -204,7 +204,7 @@ class Detection(nn.Module):
             r"model: it does not take inputs of shape \(3, 32, 32\): .*mat1 and mat2",
         ),
     ],
-    ids=["only an LSTM", "words", "a dictionary", "another size"],
+    ids=["only an LSTM", "pictures for words", "a dictionary", "another size"],
 )
 def test_what_cannot_work_says_why(model: nn.Module, x: torch.Tensor | None, says: str) -> None:
     train, val = small_data(32, 4, 2)
