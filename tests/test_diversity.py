@@ -20,6 +20,7 @@ from torch import Tensor
 from torchmetrics.functional import kl_divergence as torchmetrics_kl
 
 from analysis import diversity, errors, folders
+from analysis.measured import measured
 from ray_subnets import metrics
 from ray_subnets.checkpoints import RunFolder
 
@@ -224,3 +225,17 @@ print("imported")
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert answer.stdout.strip() == "imported", answer.stderr
+
+
+def test_a_weighted_ensemble_is_measured_as_it_is_combined(tmp_path: Path) -> None:
+    settings = tiny("single=false", "combine=weighted", "select.by=accuracy")
+    record = run_serial(settings, RunFolder.create(tmp_path / "run"))
+    run = folders.Run.open(tmp_path / "run")
+    found = measured(run, folders.SELECTED, "ours").numbers
+    test = record["ensemble"]["test"]
+    assert found["nll"] == pytest.approx(test["nll"], rel=1e-12)
+    assert found["accuracy"] == test["accuracy"]
+    shares = run.shares(run.selected)
+    assert shares is not None
+    assert len(set(shares)) > 1
+    assert run.shares(["parent"]) == [record["parent"]["validation"]["accuracy"]]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ray_subnets as rs
-from ray_subnets import configfile, datasets, driver, flops, models
+from ray_subnets import configfile, datasets, driver, flops, models, table
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.data import some
 
 X, Y = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
 METHOD, TUNE = rs.Sparse(sparsity=0.5), rs.OneCycle(epochs=1)
@@ -191,6 +192,29 @@ def test_a_call_that_was_stopped_at_once_goes_on(tmp_path: Path) -> None:
 def test_data_of_python_are_not_known_by_name() -> None:
     with pytest.raises(ValueError, match=r"data: they were given in Python.*ensemble\("):
         datasets.load("given")
+
+
+def test_without_test_data_the_record_says_so(ensemble: rs.Ensemble) -> None:
+    assert ensemble.record is not None
+    assert ensemble.record["data"]["test_is_validation"] is True
+    tested = make(test=(X[:30], Y[:30]))
+    assert tested.record is not None
+    assert "test_is_validation" not in tested.record["data"]
+    assert table.measured_on(ensemble.record).startswith("validation data")
+    assert table.measured_on(tested.record) == "test data"
+
+
+@pytest.mark.parametrize("sorted_", [True, False])
+def test_some_samples_are_of_all_classes(sorted_: bool) -> None:
+    labels = torch.arange(100) % 4
+    labels = labels.sort().values if sorted_ else labels
+    rows = some(labels, 20)
+    assert len(rows) == 20
+    assert len(labels[rows].unique()) == 4
+    assert torch.equal(rows, torch.arange(20)) == (not sorted_)
+    assert torch.equal(some(labels, 500), torch.arange(100))
+    numbers = torch.linspace(0, 1, 100)
+    assert torch.equal(some(numbers, 4), torch.tensor([0, 25, 50, 75]))
 
 
 # --- calls ----------------------------------------------------------------------------------------
