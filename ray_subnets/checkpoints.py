@@ -13,7 +13,8 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +27,11 @@ from torch import Tensor
 
 from ray_subnets import storage
 from ray_subnets.recipes import Stored
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 ENSEMBLE = "ensemble.json"
@@ -151,6 +157,27 @@ class RunFolder:
                 f"continue it with 'ray-subnets resume {root}'"
             )
         return folder
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else works in this folder meanwhile; on this machine, where the system has locks.
+
+        Raises:
+            ValueError: somebody does.
+        """
+        with ExitStack() as stack:
+            if fcntl is not None and isinstance(self._place, storage.LocalPlace):
+                path = self._place.root / ".lock"
+                with suppress(OSError):  # read-only: what is written next says so
+                    file = stack.enter_context(path.open("w"))
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise ValueError(
+                            f"RUN: another process works in {self}; wait for it, or stop it"
+                        ) from None
+                    stack.callback(path.unlink, missing_ok=True)
+            yield
 
     def within(self, name: str) -> RunFolder:
         """A run folder in this one, made if it is not there.

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import configfile, datasets, environment, members, models, pretrained
+from ray_subnets import (
+    configfile,
+    datasets,
+    environment,
+    members,
+    models,
+    pretrained,
+    supervised,
+)
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.combining import greedy, right_class
@@ -167,11 +175,34 @@ def prepare(
             f"data: {data.name} is not what {folder} was made with: inputs or labels changed; put "
             "them back, or start a new run"
         )
+    _check_answers(data, folder, model)
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}
     folder.save_arrays(LABELS, labels)
     return cost
+
+
+def _check_answers(data: Data, folder: RunFolder, model: nn.Module) -> None:
+    """Does the network of a run that goes on still answer as its parent did?
+
+    Raises:
+        ValueError: it does not: its code changed.
+    """
+    try:
+        model.load_state_dict(folder.load_tensors("parent.safetensors"))
+        before = torch.from_numpy(folder.load_arrays("outputs/parent.npz")["validation"][:8])
+    except (ValueError, OSError, KeyError, RuntimeError):
+        return  # there is no parent yet, or it will be made again
+    first = data.validation.images[torch.arange(len(before))]
+    now = supervised.predict(model, first, data.preprocess)
+    if now.shape != before.shape or float((now - before).abs().max()) > 0.05 * max(
+        1.0, float(before.abs().max())
+    ):
+        raise ValueError(
+            f"model: with the parent's weights it gives other answers than {folder} holds: its "
+            "code, or how inputs are normalised, changed; put it back, or start a new run"
+        )
 
 
 def task_of(config: Config, folder: RunFolder) -> Task:

@@ -296,7 +296,8 @@ def _do(
 @contextmanager
 def _interruptible(folder: RunFolder) -> Iterator[None]:
     try:
-        yield
+        with folder.alone():
+            yield
     except KeyboardInterrupt:
         err.print(
             f"Stopped. What was computed is kept: ray-subnets resume {folder}", soft_wrap=True

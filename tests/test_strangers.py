@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,35 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"^data: digits is not what .* inputs or labels changed"):
         driver.prepare(settings, other, folder)
+
+
+def test_a_run_does_not_go_on_with_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights fit, and mean something else."""
+    code = MINE.replace("return model.requires_grad_(False)", "return model")
+    (tmp_path / "mine_3.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings, folder = tiny("single=false", "model=mine_3:frozen"), RunFolder.create(tmp_path / "a")
+    run_serial(settings, folder)
+    data = driver.load_data(settings)
+    driver.prepare(settings, data, folder)
+    (tmp_path / "mine_3.py").write_text(code.replace("nn.ReLU()", "nn.Tanh()") + "# changed\n")
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["mine_3"])
+    with pytest.raises(ValueError, match=r"^model: .*gives other answers than .* holds: its code"):
+        driver.prepare(settings, data, folder)
+
+
+def test_two_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    with folder.alone():
+        with pytest.raises(ValueError, match="RUN: another process works in"), folder.alone():
+            pass
+        assert (tmp_path / "run/.lock").exists()
+    with folder.alone():
+        pass
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_call_that_was_stopped_at_once_goes_on(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def _do(
                 notify=view.note,
                 watch=view.status,
             )
+        stack.enter_context(folder.alone())
         try:
             record = benchmark_.run(settings, data, folder, pools, listen=view)
         except KeyboardInterrupt:

@@ -132,6 +132,7 @@ def _do(
 
             stack.enter_context(cluster.session(address))
         folder = make()
+        stack.enter_context(folder.alone())
         policy_run.prepare(config, folder)
         events = Events(folder, view.note)
         stack.callback(events.close)

@@ -72,7 +72,8 @@ def sweep(
                 "CONFIG: a sweep goes on as it was begun; leave settings, --out and --overwrite out"
             )
         target, settings = open_sweep(config)
-        _do(settings, target, serial, address, quiet)
+        with target.alone():
+            _do(settings, target, serial, address, quiet)
         return
     settings = load(config, overrides or [])
     where = folder or f"{os.environ.get('RAY_SUBNETS_RUNS', 'runs')}/{settings.name}"
@@ -81,7 +82,8 @@ def sweep(
     RunFolder.check_free(where, overwrite=overwrite, wanted="sweep")
     target = RunFolder.create(where, overwrite=overwrite, wanted="sweep")
     target.write(CONFIG, settings.to_yaml().encode())
-    _do(settings, target, serial, address, quiet)
+    with target.alone():
+        _do(settings, target, serial, address, quiet)
 
 
 def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bool) -> None:
