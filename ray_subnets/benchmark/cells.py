@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ray_subnets import baselines, driver, members, supervised
@@ -78,8 +79,11 @@ class CellWorker(Worker):
     def _our_own(self, cell: Cell, folder: RunFolder) -> Generator[Progress, None, Result]:
         config = Benchmark.run_of(cell)
         worker = Worker(replace(self.task, folder=str(folder)), self.data, str(self.device))
-        cost = driver.prepare(config, self.data, folder)
-        doing = driver.steps(config, self.data, folder, SerialPool(worker), cost=cost)
+        data = self.data
+        if self.device.type != "cpu":  # what a driver does is on no device
+            data = data.to(torch.device("cpu"))
+        cost = driver.prepare(config, data, folder)
+        doing = driver.steps(config, data, folder, SerialPool(worker), cost=cost)
         done: dict[str, int] = {}
         while True:
             try:
