@@ -90,7 +90,7 @@ FIRST, LAST = next(iter(STATE)), list(STATE)[-1]
         ({**STATE, "extra": torch.zeros(1)}, "extra is unexpected"),
         ({f"net.{k}": v for k, v in STATE.items()}, "none of its names are the network's"),
         ({**STATE, LAST: torch.zeros(7)}, rf"{LAST} is \(7,\) and must be \(10,\)"),
-        ({**STATE, FIRST: STATE[FIRST] * torch.nan}, f"NaN or infinite numbers in {FIRST} is"),
+        ({**STATE, FIRST: STATE[FIRST] * torch.nan}, f"NaN or infinite numbers in {FIRST}$"),
     ],
 )
 def test_weights_of_another_network(weights: dict[str, Tensor], says: str) -> None:
