@@ -229,9 +229,15 @@ def test_a_reward_that_is_not_finite_is_named(bad: float) -> None:
 @gymnasium_only
 def test_an_observation_that_is_not_finite_is_named() -> None:
     envs = Environments(env("Lost-v0"), seed=0)
-    envs.reset()
-    with pytest.raises(ValueError, match=r"Lost-v0 gave an observation .* environment 1, step 1"):
+    first, _ = envs.reset()
+    rows = torch.zeros(3, *first.shape)
+    for row in rows:
+        row.copy_(torch.from_numpy(envs.observations))
         envs.step(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"Lost-v0 gave an observation .* environment 1, step 1;"):
+        envs.check(rows)
+    envs.check(rows[:1])
+    envs.check(torch.zeros(3, 2, 1, 4, 4, dtype=torch.uint8))
 
 
 @gymnasium_only

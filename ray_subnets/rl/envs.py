@@ -185,12 +185,6 @@ class Environments:
             actions, observations[:, -width:]
         )
         self._steps += 1
-        if frames.dtype != np.uint8 and not np.isfinite(frames).all():
-            worst = int(np.flatnonzero(~np.isfinite(frames).all(1))[0])
-            raise ValueError(
-                f"env.id: {self.env.id} gave an observation with NaN or infinity in environment "
-                f"{worst}, step {self._steps}; observations must be finite"
-            )
         if not math.isfinite(rewards.sum()):
             worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise ValueError(
@@ -216,6 +210,20 @@ class Environments:
             self._levels = self.simulator.levels()
         self.observations = observations
         return observations, rewards, terminated, truncated, infos
+
+    def check(self, observations: Tensor) -> None:
+        """Are all that a rollout kept, `(T, E, *observation_shape)`, numbers? Once for all its
+        steps: a look at each costs small environments 3 % of their time.
+
+        Raises:
+            ValueError: NaN or infinity is among them.
+        """
+        if observations.is_floating_point() and not (good := observations.isfinite()).all():
+            step, worst = (~good.flatten(2).all(2)).nonzero()[0].tolist()
+            raise ValueError(
+                f"env.id: {self.env.id} gave an observation with NaN or infinity in environment "
+                f"{worst}, step {self._steps - len(observations) + step}; they must be finite"
+            )
 
     def scaled(self, rewards: Array, ended: Array) -> Array:
         """What to learn from: the rewards of the steps since this was asked last, in proportion.

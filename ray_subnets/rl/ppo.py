@@ -195,6 +195,7 @@ def collect(
             if cut := infos["final_obs"]:
                 final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
                 cut_values[t, list(cut)] = settings.gamma * forward(final)[1].cpu().numpy()
+    envs.check(observations)
     last = forward(torch.from_numpy(envs.observations).to(device))[1]
     actions, logits, values = (torch.stack(kept) for kept in zip(*answers, strict=True))
     rewards = envs.scaled(rewards, ended) + cut_values
