@@ -14,20 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import (
-    configfile,
-    datasets,
-    environment,
-    members,
-    models,
-    pretrained,
-    supervised,
-)
+from ray_subnets import checks, configfile, datasets, environment, members, models, pretrained
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import CONFIG, RunFolder
 from ray_subnets.combining import greedy, right_class
 from ray_subnets.config import GIVEN, Config
-from ray_subnets.data import Data, farthest
+from ray_subnets.data import Data
 from ray_subnets.flat import flatten
 from ray_subnets.flops import Cost, forward_cost
 from ray_subnets.pools import Pool
@@ -35,13 +27,10 @@ from ray_subnets.population import Report, Task
 from ray_subnets.recipes import ChildResult, Fit, Job, Note, Result, RunJob
 from ray_subnets.regression_scores import RegressionScores
 from ray_subnets.selection import Decision, joined, select
-from ray_subnets.spawning import KINDS, anatomy
 from ray_subnets.stored import stored_result
 from ray_subnets.summary import LABELS, Scores, busy_seconds, load_outputs, summarise
-from ray_subnets.trust_region import check_target, described
+from ray_subnets.trust_region import described
 
-_DATA = "data.json"
-"""the samples that a run was made with: their hash"""
 Listener = Callable[[Report], None]
 Select = Callable[[Mapping[str, Result]], list[Decision]]
 
@@ -71,47 +60,8 @@ def build(config: Config, data: Data) -> nn.Module:
         channels_last=config.resources.channels_last,
         input_dtype=data.input_dtype,
     )
-    check(config, data, model)
+    checks.fits(config, data, model)
     return model
-
-
-def check(config: Config, data: Data, model: nn.Module) -> None:
-    """Do the recipes fit the network and the data?
-
-    Raises:
-        ValueError: there is nothing in it to mask, no such divergence, or a head for other labels.
-    """
-    if (config.head != "classes") != data.train.labels.is_floating_point():
-        raise ValueError(
-            f"head: {config.head}, but labels of {data.name} are {data.train.labels.dtype}; "
-            "regression is done in Python: ray_subnets.ensemble(..., head=...)"
-        )
-    _check_known(model, data)
-    for job in config.solve_jobs():
-        check_target(job.kl_target, data.num_classes)
-    seen = set()
-    for spec in config.specs():
-        structure = spec.structure if spec.structure in KINDS else "weight"
-        key = (spec.mask_classifier, structure, spec.whole)
-        if key not in seen:
-            seen.add(key)
-            anatomy(model, spec, data.input_shape, data.input_dtype)
-
-
-@torch.no_grad()
-def _check_known(model: nn.Module, data: Data) -> None:
-    """Does the network know all whole numbers in the data?"""
-    training = model.training
-    model.eval()
-    for name, x in farthest(data).items():
-        try:
-            model(x)
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"data: {name} has whole numbers from {int(x.min())} to {int(x.max())}, and the "
-                f"network does not take all of them: {str(error).partition(chr(10))[0]}"
-            ) from None
-    model.train(training)
 
 
 def given_weights(config: Config, data: Data, model: nn.Module) -> dict[str, Tensor] | None:
@@ -164,45 +114,16 @@ def prepare(
     if network is None:
         model = build(config, data)
     else:
-        check(config, data, model := network.build())
+        checks.fits(config, data, model := network.build())
     cost = forward_cost(model, data.input_shape, data.input_dtype)
     if config.weights is not None and not folder.exists(GIVEN):
         folder.save_tensors(GIVEN, weights or given_weights(config, data, model) or {})
-    if not folder.exists(_DATA):
-        folder.write_json(_DATA, {"sha256": data.content})
-    elif folder.read_json(_DATA).get("sha256") != data.content:
-        raise ValueError(
-            f"data: {data.name} is not what {folder} was made with: inputs or labels changed; put "
-            "them back, or start a new run"
-        )
-    _check_answers(data, folder, model)
+    checks.same(data, folder, model)
     folder.write(CONFIG, config.to_yaml().encode())
     folder.write_json("environment.json", environment.describe())
     labels = {"validation": data.validation.labels.numpy(), "test": data.test.labels.numpy()}
     folder.save_arrays(LABELS, labels)
     return cost
-
-
-def _check_answers(data: Data, folder: RunFolder, model: nn.Module) -> None:
-    """Does the network of a run that goes on still answer as its parent did?
-
-    Raises:
-        ValueError: it does not: its code changed.
-    """
-    try:
-        model.load_state_dict(folder.load_tensors("parent.safetensors"))
-        before = torch.from_numpy(folder.load_arrays("outputs/parent.npz")["validation"][:8])
-    except (ValueError, OSError, KeyError, RuntimeError):
-        return  # there is no parent yet, or it will be made again
-    first = data.validation.images[torch.arange(len(before))]
-    now = supervised.predict(model, first, data.preprocess)
-    if now.shape != before.shape or float((now - before).abs().max()) > 0.05 * max(
-        1.0, float(before.abs().max())
-    ):
-        raise ValueError(
-            f"model: with the parent's weights it gives other answers than {folder} holds: its "
-            "code, or how inputs are normalised, changed; put it back, or start a new run"
-        )
 
 
 def task_of(config: Config, folder: RunFolder) -> Task:

@@ -55,7 +55,7 @@ FLOORS = [
     ["baselines"],
     ["population", "summary", "groups", "networks"],
     ["config", "pools", "methods", "rl.policy_worker", "rl.policy_summary", "regression_scores"],
-    ["configfile"],
+    ["configfile", "checks"],
     ["members", "rl.policyfile"],
     ["cascade", "students"],
     ["driver", "placement", "sweeps.sweepfile", "benchmark.benchmarkfile", "benchmark.bench"],
