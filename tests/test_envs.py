@@ -227,6 +227,32 @@ def test_a_reward_that_is_not_finite_is_named(bad: float) -> None:
 
 
 @gymnasium_only
+def test_episodes_counted_at_once_are_those_of_each_step() -> None:
+    one, other = (Environments(env("CartPole-v1", num_envs=3, frame_stack=2), 0) for _ in range(2))
+    for envs in (one, other):
+        envs.reset()
+    rng = np.random.default_rng(0)
+    actions = rng.integers(2, size=(90, 3))
+    returns, lengths, kept = list[float](), list[int](), []
+    for action in actions:
+        *arrays, infos = one.step(action)
+        returns += infos.get("return", np.array([])).tolist()
+        lengths += infos.get("length", np.array([])).tolist()
+        stepped = other.advance(action)
+        assert all(map(np.array_equal, arrays, stepped[:4]))
+        kept.append((stepped.rewards, stepped.terminated | stepped.truncated))
+    for part in (kept[:50], kept[50:]):  # episodes reach from one into the other
+        rewards, ended = (np.stack(rows) for rows in zip(*part, strict=True))
+        found = other.count(rewards, ended)
+        assert found == (returns[: len(found[0])], lengths[: len(found[1])])
+        returns, lengths = returns[len(found[0]) :], lengths[len(found[1]) :]
+    assert not returns
+    rewards[7, 1] = np.nan
+    with pytest.raises(ValueError, match=r"CartPole-v1 gave the reward nan .* 1, step 58;"):
+        other.count(rewards, ended)
+
+
+@gymnasium_only
 def test_an_observation_that_is_not_finite_is_named() -> None:
     envs = Environments(env("Lost-v0"), seed=0)
     first, _ = envs.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -158,15 +159,59 @@ def test_what_is_cut_off_did_not_end_for_the_critic() -> None:
     envs = Environments(Env(id="Corridor-v0", num_envs=1, frame_stack=1), 0)
     envs.reset()
 
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([[50.0, 0.0]]).expand(len(x), 2), torch.full((len(x),), 2.0)
+    def actor(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.tensor([[50.0, 0.0]]).expand(len(x), 2), None
 
-    episodes, settings = ppo.Episodes(), replace(SMALL, num_steps=7)
-    rollout = ppo.collect(forward, envs, settings, torch.Generator(), episodes)
-    assert rollout.rewards.squeeze(1).tolist() == pytest.approx([0, 0, 0, 0, 0.9 * 2, 0, 0])
-    assert rollout.ended.squeeze(1).tolist() == [False] * 4 + [True] + [False] * 2
+    def critic(x: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(x),), 2.0)
+
+    episodes, settings = ppo.Episodes(), replace(SMALL, num_steps=8)
+    rollout = ppo.collect(actor, critic, envs, settings, torch.Generator(), episodes)
+    assert rollout.rewards.squeeze(1).tolist() == pytest.approx([0, 0, 0, 0, 0.9 * 2, 0, 0, 0])
+    assert rollout.ended.squeeze(1).tolist() == [False] * 4 + [True] + [False] * 3
     assert (episodes.returns, episodes.lengths) == ([0.0], [5])
     assert rollout.last.tolist() == [2.0]
+    assert torch.equal(rollout.values, torch.full((8, 1), 2.0))
+
+
+@gymnasium_only
+def test_a_critic_of_its_own_is_asked_once_and_says_the_same() -> None:
+    settings = replace(SMALL, num_steps=9)  # of 4 environments: 36 in 4 minibatches
+    model, envs, _ = make(CART, settings)
+    _, others, _ = make(CART, settings)
+    asked: list[int] = []
+    actor, critic = ppo.as_asked(model, nullcontext(), {})
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return critic(x)
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, values = model(x)
+        return logits, values
+
+    rollouts = []
+    for how in ((actor, counted), (both, lambda x: both(x)[1])):
+        one = envs if how[0] is actor else others
+        one.reset()
+        generator = torch.Generator().manual_seed(0)
+        rollouts.append(ppo.collect(*how, one, settings, generator, ppo.Episodes()))
+    assert asked == [4, 9, 9, 9, 9]  # what came after, and the minibatches
+    for name, once, each in zip(ppo.Rollout._fields, *rollouts, strict=True):
+        if name in ("values", "last"):
+            torch.testing.assert_close(once, each)
+        else:
+            assert torch.equal(once, each), name
+
+
+def test_masks_of_the_actor_act_in_a_rollout() -> None:
+    model = actor_critic.build("mlp", (3,), 2, {"hidden": [4]}, 0)
+    x = torch.ones(5, 3)
+    whole = ppo.as_asked(model, nullcontext(), {})[0](x)[0]
+    bias = torch.tensor([7.0, -7.0])
+    masked, values = ppo.as_asked(model, nullcontext(), {"actor.3.bias": bias})[0](x)
+    assert values is None
+    torch.testing.assert_close(masked - whole, bias.expand(5, 2))
 
 
 @pytest.mark.parametrize(

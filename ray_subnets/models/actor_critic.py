@@ -31,10 +31,15 @@ class ActorCritic(nn.Module):
         self.actor = actor
         self.critic = critic
 
+    @property
+    def shared(self) -> bool:
+        """Do actor and critic have layers in common?"""
+        return isinstance(self.actor, Impala)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Observations `(N, *shape)` -> logits `(N, A)`, values `(N,)`."""
         x = to_input(x)
-        if isinstance(self.actor, Impala):
+        if isinstance(self.actor, Impala):  # shared
             features = self.actor.features(x)
             return self.actor.classifier(features), self.critic(features).squeeze(1)
         return self.actor(x), self.critic(x).squeeze(1)

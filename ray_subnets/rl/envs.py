@@ -10,7 +10,6 @@ k stacked frames.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from ray_subnets.rl.simulators import (
     GymnasiumSimulator,
     Levels,
     Simulator,
+    Stepped,
 )
 
 Say = Callable[[str], None]
@@ -144,14 +144,12 @@ class Environments:
         self.observations: Array | None = None
         """`(E, *observation_shape)`, what the next actions answer; None before `reset`"""
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
-        self._levels = np.zeros(env.num_envs, np.int64)
         self._steps = 0
 
     def reset(self) -> tuple[Array, dict[str, Any]]:
         """First observations. Once: the order of levels begins anew only with a new object."""
         assert self.observations is None
         self.observations = self._stacked(self.simulator.reset())
-        self._levels = self.simulator.levels()
         return self.observations, {}
 
     def _stacked(self, first: Array) -> Array:
@@ -175,41 +173,65 @@ class Environments:
         Raises:
             ValueError: a reward is NaN or infinite.
         """
-        before, width, infos = self.observations, self._width, dict[str, Any]()
+        levels = self.simulator.levels()
+        observations, rewards, terminated, truncated, final = self.advance(actions, out)
+        over = terminated | truncated
+        returns, lengths = self.count(rewards[None], over[None])
+        if not returns:
+            return observations, rewards, terminated, truncated, {}
+        infos = {"return": np.array(returns), "length": np.array(lengths), "final_obs": final}
+        infos |= {"ended": over.nonzero()[0], "level": levels[over]}
+        return observations, rewards, terminated, truncated, infos
+
+    def advance(self, actions: Array, out: Array | None = None) -> Stepped:
+        """`step` for those who keep rewards and ends themselves, and give them to `count` later,
+        of all steps at once: small environments take a tenth less time.
+
+        Returns:
+            Observations for frames, stacked where frames are.
+        """
+        before, width = self.observations, self._width
         assert before is not None, "reset first"
         observations = np.empty_like(before) if out is None else out
-        stacked = self.env.frame_stack > 1
-        if stacked:
-            observations[:, :-width] = before[:, width:]
-        frames, rewards, terminated, truncated, final = self.simulator.step(
-            actions, observations[:, -width:]
-        )
         self._steps += 1
-        if not math.isfinite(rewards.sum()):
-            worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
-            raise ValueError(
-                f"env.id: {self.env.id} gave the reward {rewards[worst]} in environment {worst}, "
-                f"step {self._steps}; rewards must be finite"
-            )
-        self._returns += rewards
-        self._lengths += 1
-        ended = (terminated | truncated).nonzero()[0]
-        if len(ended):
-            infos = {
-                "ended": ended,
-                "return": self._returns[ended],
-                "length": self._lengths[ended],
-                "level": self._levels[ended],
-                "final_obs": {
-                    i: np.concatenate([before[i, width:], frame]) for i, frame in final.items()
-                },
-            }
-            if stacked:
+        if self.env.frame_stack == 1:
+            stepped = self.simulator.step(actions, observations)
+        else:
+            observations[:, :-width] = before[:, width:]
+            frames, *rest, final = self.simulator.step(actions, observations[:, -width:])
+            ended = (rest[1] | rest[2]).nonzero()[0]
+            if len(ended):
                 observations[ended] = self._stacked(frames[ended])
-            self._returns[ended], self._lengths[ended] = 0.0, 0
-            self._levels = self.simulator.levels()
+            final = {i: np.concatenate([before[i, width:], last]) for i, last in final.items()}
+            stepped = Stepped(observations, *rest, final)
         self.observations = observations
-        return observations, rewards, terminated, truncated, infos
+        return stepped
+
+    def count(self, rewards: Array, ended: Array) -> tuple[list[float], list[int]]:
+        """Returns and lengths of the episodes that ended, step after step.
+
+        Args:
+            rewards: `(T, E)`, of the steps since this was asked last.
+            ended: `(T, E)` bool: an episode ended with them.
+
+        Raises:
+            ValueError: a reward is NaN or infinite.
+        """
+        if not (good := np.isfinite(rewards)).all():
+            t, worst = (int(first[0]) for first in np.nonzero(~good))
+            raise ValueError(
+                f"env.id: {self.env.id} gave the reward {rewards[t, worst]} in environment "
+                f"{worst}, step {self._steps - len(rewards) + t + 1}; rewards must be finite"
+            )
+        returns, lengths = list[float](), list[int]()
+        for now, end in zip(rewards, ended, strict=True):
+            self._returns += now
+            self._lengths += 1
+            if end.any():
+                returns += self._returns[end].tolist()
+                lengths += self._lengths[end].tolist()
+                self._returns[end], self._lengths[end] = 0.0, 0
+        return returns, lengths
 
     def check(self, observations: Tensor) -> None:
         """Are all that a rollout kept, `(T, E, *observation_shape)`, numbers? Once for all its
@@ -262,7 +284,6 @@ class Environments:
         self.observations = arrays["observations"]
         self._returns, self._lengths = arrays["return"], arrays["length"]
         self._steps = int(arrays["steps"])
-        self._levels = self.simulator.levels()
         if lost:
             say(
                 f"env.id: {self.env.id} does not repeat itself from a seed; {len(lost)} of "

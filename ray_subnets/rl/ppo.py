@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ray_subnets import supervised
+from ray_subnets.models.actor_critic import ActorCritic, to_input
 from ray_subnets.recipes import derive
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_recipes import PPO, Iteration
@@ -114,6 +115,10 @@ def losses(
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """observations `(N, *shape)` -> logits `(N, A)`, values `(N,)`, float32"""
+Actor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""the same; without values where it costs more to have them at each step than all at once"""
+Critic = Callable[[Tensor], Tensor]
+"""observations -> values alone"""
 
 
 class Rollout(NamedTuple):
@@ -136,16 +141,16 @@ class Episodes:
     lengths: list[int] = field(default_factory=list)
 
 
-def act(forward: Forward, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def act(actor: Actor, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sample from the policy: `argmax(logits + g)` with Gumbel noise `g` has its distribution.
 
     Args:
         noise: `(N, A)`.
 
     Returns:
-        Actions `(N,)`, logits `(N, A)`, values `(N,)`.
+        Actions `(N,)`, logits `(N, A)`, values `(N,)` if the actor gives them.
     """
-    logits, values = forward(observations)
+    logits, values = actor(observations)
     return (logits + noise).argmax(1), logits, values
 
 
@@ -156,7 +161,8 @@ def log_probability(logits: Tensor, actions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect(
-    forward: Forward,
+    actor: Actor,
+    critic: Critic,
     envs: Environments,
     settings: PPO,
     generator: torch.Generator,
@@ -168,6 +174,7 @@ def collect(
     last state joins the reward (Pardo et al. 2018, "Time limits in reinforcement learning").
 
     Args:
+        critic: asked after all steps, for a minibatch at a time, if the actor gives no values.
         generator: of actions, on the device.
     """
     steps, count, device = settings.num_steps, envs.num_envs, generator.device
@@ -181,26 +188,33 @@ def collect(
     cut_values = np.zeros((steps, count))
     noise = torch.empty((steps, count, envs.num_actions), device=device)  # of all steps at once
     noise = -noise.exponential_(generator=generator).log_()
-    answers: list[tuple[Tensor, Tensor, Tensor]] = []  # one stack costs less than a copy a step
+    # One stack costs less than a copy a step.
+    actions, logits, values = list[Tensor](), list[Tensor](), list[Tensor]()
     for t, (observation, gumbel, place) in enumerate(zip(observations, noise, places, strict=True)):
         if t == 0 or device.type != "cpu":
             observation.copy_(torch.from_numpy(envs.observations))
-        answer = act(forward, observation, gumbel)
-        answers.append(answer)
-        _, rewards[t], terminated, truncated, infos = envs.step(answer[0].cpu().numpy(), place)
+        action, logit, value = act(actor, observation, gumbel)
+        actions.append(action)
+        logits.append(logit)
+        if value is not None:
+            values.append(value)
+        _, rewards[t], terminated, truncated, cut = envs.advance(action.cpu().numpy(), place)
         np.logical_or(terminated, truncated, out=ended[t])
-        if infos:
-            episodes.returns += infos["return"].tolist()
-            episodes.lengths += infos["length"].tolist()
-            if cut := infos["final_obs"]:
-                final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
-                cut_values[t, list(cut)] = settings.gamma * forward(final)[1].cpu().numpy()
+        if cut:
+            final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
+            cut_values[t, list(cut)] = settings.gamma * critic(final).cpu().numpy()
     envs.check(observations)
-    last = forward(torch.from_numpy(envs.observations).to(device))[1]
-    actions, logits, values = (torch.stack(kept) for kept in zip(*answers, strict=True))
+    returns, lengths = envs.count(rewards, ended)
+    episodes.returns += returns
+    episodes.lengths += lengths
+    last = critic(torch.from_numpy(envs.observations).to(device))
+    if not values:
+        parts = observations.flatten(0, 1).tensor_split(settings.num_minibatches)
+        values = [torch.cat([critic(part) for part in parts])]
+    taken, judged = torch.stack(actions), torch.cat(values).view(steps, count)
     rewards = envs.scaled(rewards, ended) + cut_values
     return Rollout(
-        *(observations, actions, log_probability(logits, actions), values),
+        *(observations, taken, log_probability(torch.stack(logits), taken), judged),
         rewards=torch.from_numpy(rewards).float().to(device),
         ended=torch.from_numpy(ended).to(device),
         last=last,
@@ -236,7 +250,7 @@ def iterations(settings: PPO, num_envs: int) -> int:
 
 
 def train(
-    model: nn.Module,
+    model: ActorCritic,
     envs: Environments,
     settings: PPO,
     optimizer: torch.optim.Optimizer,
@@ -249,7 +263,7 @@ def train(
     """Train `model` in place from `start_iteration` on, yielding after every rollout learnt from.
 
     Args:
-        model: an `ActorCritic`; where its parameters are, the rollout is kept.
+        model: where its parameters are, the rollout is kept.
         envs: with rewards as they are to be learnt from (`gamma` set to normalise them), and
             restored where `start_iteration` is not 0.
         topology: which of the actor's weights act, by their names in the actor; an epoch is an
@@ -281,7 +295,8 @@ def train(
         with torch.no_grad():
             acting = weights()
         generator = torch.Generator(device).manual_seed(derive(seed, "actions", iteration))
-        rollout = collect(_forward(model, half, acting), envs, settings, generator, episodes)
+        asked = as_asked(model, half, acting)
+        rollout = collect(*asked, envs, settings, generator, episodes)
         collected = time.perf_counter()
         advantages, returns = gae(
             *(rollout.rewards, rollout.values, rollout.ended, rollout.last),
@@ -341,6 +356,34 @@ def _weights(
     generator = torch.Generator(device).manual_seed(derive(seed, "bernoulli", iteration))
     seen = topology.weights(float(iteration), generator) or {}
     return {f"actor.{name}": weight for name, weight in seen.items()}
+
+
+def as_asked(
+    model: ActorCritic, half: AbstractContextManager[Any], weights: Mapping[str, Tensor]
+) -> tuple[Actor, Critic]:
+    """The network as a rollout asks it, with some of its parameters replaced.
+
+    A critic that shares nothing with the actor is asked once and not at each step: most of what a
+    small network costs are its calls.
+    """
+    forward = _forward(model, half, weights)
+    if model.shared:
+        return forward, lambda observations: forward(observations)[1]
+    of_actor = {name.removeprefix("actor."): weight for name, weight in weights.items()}
+
+    def actor(observations: Tensor) -> tuple[Tensor, None]:
+        x = to_input(observations)
+        with half:
+            logits = functional_call(model.actor, of_actor, (x,)) if of_actor else model.actor(x)
+        return logits.float(), None
+
+    def critic(observations: Tensor) -> Tensor:
+        x = to_input(observations)
+        with half:
+            values: Tensor = model.critic(x).squeeze(1)
+        return values.float()
+
+    return actor, critic
 
 
 def _forward(
