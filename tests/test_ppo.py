@@ -8,12 +8,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ray_subnets import spawning
+from ray_subnets import models, spawning
 from ray_subnets.models import actor_critic
+from ray_subnets.models.mlp import without_modules
 from ray_subnets.recipes import ChildSpec, Training
 from ray_subnets.rl import policies, ppo
 from ray_subnets.rl.envs import Environments
@@ -133,8 +135,8 @@ def test_advantages_of_a_minibatch_have_mean_0_and_deviation_1() -> None:
 def test_sampling_follows_the_policy() -> None:
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
     noise = torch.empty(20_000, 3).exponential_(generator=torch.Generator().manual_seed(0))
-    actions, _, _ = ppo.act(lambda x: (x, x[:, 0]), logits, -noise.log())
-    shares = torch.bincount(actions, minlength=3) / 20_000
+    actions, _, _ = ppo.act(lambda x: (x, x[:, 0]), logits, -noise.log().numpy())
+    shares = torch.from_numpy(np.bincount(actions, minlength=3)) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.012, rtol=0)
     chosen = ppo.log_probability(logits[:2], torch.tensor([2, 0]))
     torch.testing.assert_close(chosen, torch.tensor([0.7, 0.1]).log())
@@ -202,6 +204,32 @@ def test_a_critic_of_its_own_is_asked_once_and_says_the_same() -> None:
             torch.testing.assert_close(once, each)
         else:
             assert torch.equal(once, each), name
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_without_modules_a_network_is_the_same(activation: str) -> None:
+    network = models.build("mlp", (3, 2), 4, {"hidden": [8, 8], "activation": activation}, 0)
+    plain, x = without_modules(network), torch.randn(5, 3, 2)
+    assert plain is not network
+    assert torch.equal(plain(x), network(x))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1  # as an optimizer does
+    assert torch.equal(plain(x), network(x))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Linear(3, 2),
+        nn.Sequential(nn.Linear(3, 2), nn.Dropout()),
+        nn.Sequential(nn.Flatten(), type("Mine", (nn.Linear,), {})(3, 2)),
+        type("Chain", (nn.Sequential,), {})(nn.Linear(3, 2)),
+    ],
+    ids=["layer", "dropout", "own layer", "own chain"],
+)
+def test_other_networks_are_asked_as_they_are(network: nn.Module) -> None:
+    assert without_modules(network) is network
 
 
 def test_masks_of_the_actor_act_in_a_rollout() -> None:

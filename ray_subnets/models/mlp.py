@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from itertools import pairwise
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def mlp(
@@ -34,3 +36,22 @@ def mlp(
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), activations[activation]()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
+
+
+def without_modules(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The same function of its inputs, bit for bit, and nothing else: hooks are not called.
+
+    To call the modules of a small network takes as long as its arithmetic. What is not such a chain
+    as `mlp` makes is returned as it is.
+    """
+    if type(network) is not nn.Sequential:
+        return network
+    steps: list[Callable[[Tensor], Tensor]] = []
+    for layer in network:
+        if type(layer) is nn.Linear:
+            steps.append(partial(F.linear, weight=layer.weight, bias=layer.bias))
+        elif type(layer) in (nn.Flatten, nn.ReLU, nn.Tanh):
+            steps.append(layer.forward)
+        else:
+            return network
+    return lambda x: reduce(lambda y, step: step(y), steps, x)

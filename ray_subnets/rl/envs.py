@@ -198,12 +198,12 @@ class Environments:
             stepped = self.simulator.step(actions, observations)
         else:
             observations[:, :-width] = before[:, width:]
-            frames, *rest, final = self.simulator.step(actions, observations[:, -width:])
-            ended = (rest[1] | rest[2]).nonzero()[0]
-            if len(ended):
+            stepped = self.simulator.step(actions, observations[:, -width:])
+            frames, _, terminated, truncated, final = stepped
+            if len(ended := (terminated | truncated).nonzero()[0]):
                 observations[ended] = self._stacked(frames[ended])
             final = {i: np.concatenate([before[i, width:], last]) for i, last in final.items()}
-            stepped = Stepped(observations, *rest, final)
+            stepped = stepped._replace(frames=observations, final=final)
         self.observations = observations
         return stepped
 

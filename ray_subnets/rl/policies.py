@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ray_subnets.combining import combine
 from ray_subnets.models.actor_critic import to_input
+from ray_subnets.models.mlp import without_modules
 from ray_subnets.recipes import ChildSpec, derive
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_jobs import Choice, Combine
@@ -65,6 +66,7 @@ class Ensemble:
     ) -> None:
         assert actors
         self.actors = [actor.eval() for actor in actors]
+        self._asked = [without_modules(actor) for actor in self.actors]
         self.how = how
         self.observation_shape = tuple(shape) if shape is not None else None
 
@@ -82,7 +84,7 @@ class Ensemble:
                 f"stacked, channels first, numbers one-hot), not {tuple(seen.shape)}"
             )
         x = to_input(seen)
-        return together(torch.stack([actor(x).float() for actor in self.actors]), self.how)
+        return together(torch.stack([actor(x).float() for actor in self._asked]), self.how)
 
 
 def together(logits: Tensor, how: Combine = "probabilities") -> Tensor:

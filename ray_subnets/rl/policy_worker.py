@@ -87,7 +87,7 @@ def _written(curve: list[Iteration]) -> bytes:
 class PolicyWorker(Worker):
     """A `Worker` whose jobs are those of `policy_jobs.py`."""
 
-    def build(self, seed: int) -> nn.Module:
+    def build(self, seed: int) -> actor_critic.ActorCritic:
         """The run's actor and critic."""
         data = self.data
         model = actor_critic.build(
@@ -143,7 +143,7 @@ class PolicyWorker(Worker):
     def learn(
         self,
         job: Job,
-        model: nn.Module,
+        model: actor_critic.ActorCritic,
         env: Env,
         settings: PPO,
         seed: int,

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from ray_subnets import supervised
 from ray_subnets.models.actor_critic import ActorCritic, to_input
+from ray_subnets.models.mlp import without_modules
 from ray_subnets.recipes import derive
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_recipes import PPO, Iteration
@@ -141,17 +142,18 @@ class Episodes:
     lengths: list[int] = field(default_factory=list)
 
 
-def act(actor: Actor, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def act(actor: Actor, observations: Tensor, noise: Array) -> tuple[Array, Tensor, Tensor | None]:
     """Sample from the policy: `argmax(logits + g)` with Gumbel noise `g` has its distribution.
 
     Args:
-        noise: `(N, A)`.
+        noise: `(N, A)`, on the host, where actions are needed: logits are hardly more to fetch.
 
     Returns:
         Actions `(N,)`, logits `(N, A)`, values `(N,)` if the actor gives them.
     """
     logits, values = actor(observations)
-    return (logits + noise).argmax(1), logits, values
+    actions: Array = (logits.cpu().numpy() + noise).argmax(1)
+    return actions, logits, values
 
 
 def log_probability(logits: Tensor, actions: Tensor) -> Tensor:
@@ -188,17 +190,17 @@ def collect(
     cut_values = np.zeros((steps, count))
     noise = torch.empty((steps, count, envs.num_actions), device=device)  # of all steps at once
     noise = -noise.exponential_(generator=generator).log_()
-    # One stack costs less than a copy a step.
-    actions, logits, values = list[Tensor](), list[Tensor](), list[Tensor]()
-    for t, (observation, gumbel, place) in enumerate(zip(observations, noise, places, strict=True)):
+    actions = np.empty((steps, count), np.int64)
+    logits, values = list[Tensor](), list[Tensor]()  # one stack costs less than a copy a step
+    each = zip(observations, noise.cpu().numpy(), places, strict=True)
+    for t, (observation, gumbel, place) in enumerate(each):
         if t == 0 or device.type != "cpu":
             observation.copy_(torch.from_numpy(envs.observations))
-        action, logit, value = act(actor, observation, gumbel)
-        actions.append(action)
+        actions[t], logit, value = act(actor, observation, gumbel)
         logits.append(logit)
         if value is not None:
             values.append(value)
-        _, rewards[t], terminated, truncated, cut = envs.advance(action.cpu().numpy(), place)
+        _, rewards[t], terminated, truncated, cut = envs.advance(actions[t], place)
         np.logical_or(terminated, truncated, out=ended[t])
         if cut:
             final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
@@ -211,7 +213,7 @@ def collect(
     if not values:
         parts = observations.flatten(0, 1).tensor_split(settings.num_minibatches)
         values = [torch.cat([critic(part) for part in parts])]
-    taken, judged = torch.stack(actions), torch.cat(values).view(steps, count)
+    taken, judged = torch.from_numpy(actions).to(device), torch.cat(values).view(steps, count)
     rewards = envs.scaled(rewards, ended) + cut_values
     return Rollout(
         *(observations, taken, log_probability(torch.stack(logits), taken), judged),
@@ -370,11 +372,12 @@ def as_asked(
     if model.shared:
         return forward, lambda observations: forward(observations)[1]
     of_actor = {name.removeprefix("actor."): weight for name, weight in weights.items()}
+    plain = without_modules(model.actor)
 
     def actor(observations: Tensor) -> tuple[Tensor, None]:
         x = to_input(observations)
         with half:
-            logits = functional_call(model.actor, of_actor, (x,)) if of_actor else model.actor(x)
+            logits = functional_call(model.actor, of_actor, (x,)) if of_actor else plain(x)
         return logits.float(), None
 
     def critic(observations: Tensor) -> Tensor:
