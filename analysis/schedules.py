@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from analysis import findings
 from analysis.findings import Findings, Picture, Table
 from analysis.folders import Run
-from ray_subnets import driver, spawning, stochastic, supervised
+from ray_subnets import acting, driver, spawning, stochastic, supervised
 from ray_subnets.figures import BLUE, GREEN, ORANGE, RED, SKY
 from ray_subnets.recipes import ChildSpec, Fit, Training
 
@@ -60,7 +60,7 @@ def chances(run: Run, spec: ChildSpec, epochs: np.ndarray) -> pd.DataFrame:
         parent = run.parent
         body = spawning.anatomy(parent, spec, run.record.input_shape, run.record.dtype)
         sub = spawning.subnetwork(spec, body, parent.state_dict())
-        start = spawning.probabilities(spec, sub)
+        start = acting.probabilities(spec, sub)
         mask = torch.cat([sub.target[name].flatten() for name in start])
         p = torch.cat([start[name].flatten() for name in start]).double()
         left = np.array(

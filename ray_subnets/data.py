@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Split:
 
     def take(self, index: Tensor) -> Split:
         return Split(self.images[index], self.labels[index])
+
+
+Loaded = tuple[Split, Split, dict[str, Any]]
+"""training part, test part, and what the data set decides itself: `mean`, `std`, `splits`"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import safetensors.torch
 from torch import Tensor, nn
 
-from ray_subnets import driver
+from ray_subnets import acting, driver
 from ray_subnets.config import Config
 from ray_subnets.data import Data
 from ray_subnets.flat import flat_bytes
@@ -25,10 +25,8 @@ from ray_subnets.recipes import ChildSpec, Fit, Solve, Training
 from ray_subnets.spawning import (
     METHODS,
     Subnetwork,
-    acting,
     anatomy,
     anneals,
-    shrinks,
     subnetwork,
     without_removed,
 )
@@ -233,10 +231,10 @@ def _child(
     if anneals(spec) or spec.prune_epochs:
         assert spec.training is not None
         count = len(data.train) if spec.bag == 1 else round(spec.bag * len(data.train))
-        acted = cost.nonzero(acting(spec, sub, body, -(-count // spec.training.batch_size)))
+        acted = cost.nonzero(acting.shares(spec, sub, body, -(-count // spec.training.batch_size)))
     else:
         acted = left
-    device = left if shrinks(spec) else float(cost.total)
+    device = left if acting.shrinks(spec) else float(cost.total)
     return (_file_bytes(packed) if packed else 0), state, acted, device
 
 

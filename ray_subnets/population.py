@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import masks, metrics, models, regression, sparse, supervised, trust_region
+from ray_subnets import acting, masks, metrics, models, regression, sparse, supervised, trust_region
 from ray_subnets.blueprint import Blueprint
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data, bagged
@@ -45,12 +45,10 @@ from ray_subnets.spawning import (
     METHODS,
     Anatomy,
     Made,
-    acting,
     anatomy,
     anneals,
     removable,
     spawn_weights,
-    topology,
     without_removed,
 )
 from ray_subnets.stored import (
@@ -261,7 +259,7 @@ class Worker:
         if anneals(spec) or spec.prune_epochs:
             assert spec.training is not None
             steps = -(-made.images // (spec.epochs * spec.training.batch_size))
-            acted = acting(spec, made.subnetwork, made.body, steps)
+            acted = acting.shares(spec, made.subnetwork, made.body, steps)
         return replace(result, kept=kept, acting=acted, notes=notes)
 
     def make(self, spec: ChildSpec) -> Generator[Epoch | Note, None, Made]:
@@ -278,7 +276,7 @@ class Worker:
         masks = sub.masks
         if spec.training is not None and spec.training.epochs:
             parameters = dict(model.named_parameters())
-            tuned = topology(spec, sub, body, parameters)
+            tuned = acting.topology(spec, sub, body, parameters)
             data = bagged(self.data, spec.bag, derive(spec.training_seed, "bag"))
             images = yield from self.train(
                 spec, model, spec.training, spec.training_seed, data=data, topology=tuned

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ray_subnets import metrics
+from ray_subnets.acting import shrinks
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.combining import Running
 from ray_subnets.flops import Cost, training_flops
 from ray_subnets.recipes import ChildResult, ChildSpec, Result, SolveResult
 from ray_subnets.selection import Decision, share_of
-from ray_subnets.spawning import shrinks
 from ray_subnets.stored import needs_parent
 
 LABELS = "outputs/labels.npz"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import ChildSpec, Training, configfile, driver, models, spawning
+from ray_subnets import ChildSpec, Training, acting, configfile, driver, models, spawning
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.flops import forward_cost, training_flops
 from ray_subnets.placement import Node
@@ -54,9 +54,9 @@ def parts(one: ChildSpec) -> tuple[nn.Module, spawning.Anatomy, spawning.Subnetw
 def test_what_acts_is_what_is_drawn_on_average(how: dict[str, Any]) -> None:
     one = spec(**how)
     model, body, sub = parts(one)
-    expected = spawning.acting(one, sub, body, STEPS)
+    expected = acting.shares(one, sub, body, STEPS)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    topology = spawning.topology(one, sub, body, parameters)
+    topology = acting.topology(one, sub, body, parameters)
     assert topology is not None
     generator = torch.Generator().manual_seed(0)
     seen = dict.fromkeys(expected, 0.0)
@@ -76,7 +76,7 @@ def test_what_acts_is_what_is_drawn_on_average(how: dict[str, Any]) -> None:
 def test_noise_leaves_all_weights_in_place() -> None:
     one = spec(method="noisy", sigma=0.1, training=None, anneal_epochs=0)
     _, body, sub = parts(one)
-    assert spawning.acting(one, sub, body, STEPS) == {}
+    assert acting.shares(one, sub, body, STEPS) == {}
 
 
 CONFIG = """

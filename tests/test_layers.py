@@ -32,9 +32,10 @@ FLOORS = [
     ["spawning", "flops", "data"],
     [
         *["models.lenet", "models.mlp", "models.resnet", "models.wide_resnet"],
-        *["models.densenet", "models.impala"],
+        *["models.densenet", "models.impala", "acting"],
     ],
     ["models", "imagefolders", "shifts.corruptions"],
+    ["own_data"],
     [
         *["datasets", "supervised", "answers", "sources", "models.actor_critic", "combining"],
         "batched",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ray_subnets import models, spawning
+from ray_subnets import acting, models, spawning
 from ray_subnets.models import actor_critic
 from ray_subnets.models.mlp import without_modules
 from ray_subnets.recipes import ChildSpec, Training
@@ -335,7 +335,7 @@ def tuned(spec: ChildSpec, settings: PPO) -> tuple[dict[str, torch.Tensor], Topo
     body = spawning.anatomy(model.actor, spec, envs.observation_shape)
     made = spawning.spawn_weights(parent, body, spec)
     model.actor.load_state_dict(made.weights)
-    topology = spawning.topology(spec, made.subnetwork, body, dict(model.actor.named_parameters()))
+    topology = acting.topology(spec, made.subnetwork, body, dict(model.actor.named_parameters()))
     assert topology is not None
     reports = list(ppo.train(model, envs, settings, optimizer, topology=topology))
     assert len(reports) == 10

@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import ChildSpec, Training, models, stochastic
+from ray_subnets import ChildSpec, Training, acting, models, stochastic
 from ray_subnets.spawning import (
     Anatomy,
     anatomy,
     anneals,
-    probabilities,
     spawn_weights,
     subnetwork,
-    topology,
 )
 from ray_subnets.topology import Annealed
 
@@ -42,7 +40,7 @@ def spec_of(**changes: Any) -> ChildSpec:
 def start_of(spec: ChildSpec) -> tuple[stochastic.Matrices, dict[str, Tensor]]:
     """P0 and mask of a recipe."""
     sub = subnetwork(spec, BODY, {name: torch.randn(shape) for name, shape in BODY.shapes.items()})
-    return probabilities(spec, sub), sub.masks
+    return acting.probabilities(spec, sub), sub.masks
 
 
 def distance(p: Tensor, cdf: Tensor) -> float:
@@ -206,7 +204,7 @@ def annealed(spec: ChildSpec) -> tuple[Annealed, dict[str, nn.Parameter], dict[s
     child = spawn_weights(weights, BODY, spec)
     assert all(torch.equal(child.weights[name], weights[name]) for name in weights)
     parameters = {name: nn.Parameter(weight) for name, weight in child.weights.items()}
-    made = topology(spec, child.subnetwork, BODY, parameters)
+    made = acting.topology(spec, child.subnetwork, BODY, parameters)
     assert isinstance(made, Annealed)
     return made, parameters, child.subnetwork.masks
 
@@ -270,7 +268,7 @@ def test_a_unit_comes_back_whole() -> None:
     body = anatomy(model, spec, (1, 8, 8))
     child = spawn_weights(model.state_dict(), body, spec)
     assert child.subnetwork.kept
-    made = topology(spec, child.subnetwork, body, dict(model.named_parameters()))
+    made = acting.topology(spec, child.subnetwork, body, dict(model.named_parameters()))
     assert made is not None
     seen = made.weights(0.0, torch.Generator().manual_seed(0))
     assert seen is not None

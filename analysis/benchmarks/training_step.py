@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from analysis.benchmarks.rounds import Measure, Ratios, medians, timed
-from ray_subnets import draws, masks, models, noisy, spawning, stochastic, supervised
+from ray_subnets import acting, draws, masks, models, noisy, spawning, stochastic, supervised
 from ray_subnets.data import Batches, Data, Preprocess, Split
 from ray_subnets.recipes import ChildSpec, Epoch, Training
 
@@ -68,7 +68,7 @@ def _loop(name: str, shape: tuple[int, ...], how: str, device: str) -> Iterator[
         child = spawning.spawn_weights(weights, body, spec)
         model.load_state_dict(child.weights)
         parameters = dict(model.named_parameters())
-        topology = spawning.topology(spec, child.subnetwork, body, parameters)
+        topology = acting.topology(spec, child.subnetwork, body, parameters)
     precision = "bfloat16" if device == "cuda" else "float32"
     training = Training(epochs=10_000, batch_size=BATCH, lr=0.01, precision=precision)  # type: ignore[arg-type]
     optimizer = supervised.make_optimizer(model, training)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ray_subnets import models, sparse, spawning
+from ray_subnets import acting, models, sparse, spawning
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Data, Preprocess, Split
 from ray_subnets.models import actor_critic
@@ -126,7 +126,7 @@ class PolicyWorker(Worker):
         body = self.anatomy(actor, spec)
         child = spawning.spawn_weights(_actors(self.parent), body, spec)
         actor.load_state_dict(child.weights)
-        tuned = spawning.topology(spec, child.subnetwork, body, dict(actor.named_parameters()))
+        tuned = acting.topology(spec, child.subnetwork, body, dict(actor.named_parameters()))
         assert tuned is not None, spec.method
         curve = yield from self.learn(
             job, model, job.env, job.ppo, spec.training_seed, topology=tuned
