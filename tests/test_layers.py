@@ -196,8 +196,14 @@ def test_everything_below_imports_with_ray_absent() -> None:
     assert answer.stdout.strip() == "ray is absent"
 
 
-def test_the_selection_actor_does_not_load_torch() -> None:
-    """A process of 60 MB, up at once, instead of one of 300."""
-    code = "import sys, ray_subnets.selection, ray_subnets.recipes; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "needed",
+    [
+        pytest.param("selection, ray_subnets.recipes", id="selection actor"),  # of 60 MB, not 300
+        pytest.param("launch", id="help"),  # within 0.2 s, not two
+    ],
+)
+def test_what_must_start_at_once_does_not_load_torch(needed: str) -> None:
+    code = f"import sys, ray_subnets.{needed}; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout.strip() == "False", answer.stderr

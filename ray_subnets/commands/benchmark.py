@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ray_subnets.benchmark.run import MakePool
     from ray_subnets.checkpoints import RunFolder
     from ray_subnets.data import Data
+    from ray_subnets.pools import Pool
     from ray_subnets.population import Task
-from ray_subnets.pools import Pool
 
 out = Console()
 err = Console(stderr=True)
