@@ -23,6 +23,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -260,7 +261,7 @@ def _do(
             stack.enter_context(cluster.session(address))
         folder = make()
         if "://" not in str(folder):
-            view.note(f"To watch it: ray-subnets dashboard {folder}")
+            view.note(f"To watch it: ray-subnets dashboard {quote(str(folder))}")
         cost = driver.prepare(config, data, folder, weights=weights)
         events = Events(folder, view.note)
         stack.callback(events.close)
@@ -300,7 +301,8 @@ def _interruptible(folder: RunFolder) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         err.print(
-            f"Stopped. What was computed is kept: ray-subnets resume {folder}", soft_wrap=True
+            f"Stopped. What was computed is kept: ray-subnets resume {quote(str(folder))}",
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
 

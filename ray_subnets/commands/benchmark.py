@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,7 +133,7 @@ def _do(
             record = benchmark_.run(settings, data, folder, pools, listen=view)
         except KeyboardInterrupt:
             err.print(
-                f"Stopped. What was computed is kept: ray-subnets benchmark {folder}",
+                f"Stopped. What was computed is kept: ray-subnets benchmark {quote(str(folder))}",
                 soft_wrap=True,
             )
             raise typer.Exit(130) from None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -155,7 +156,8 @@ def _do(
                 )
         except KeyboardInterrupt:
             err.print(
-                f"Stopped. What was computed is kept: ray-subnets resume {folder}", soft_wrap=True
+                f"Stopped. What was computed is kept: ray-subnets resume {quote(str(folder))}",
+                soft_wrap=True,
             )
             raise typer.Exit(130) from None
     for table in policy_table.tables(record):
@@ -287,6 +289,7 @@ def _swept(
             )
         except KeyboardInterrupt:
             err.print(
-                f"Stopped. What was computed is kept: ray-subnets sweep {folder}", soft_wrap=True
+                f"Stopped. What was computed is kept: ray-subnets sweep {quote(str(folder))}",
+                soft_wrap=True,
             )
             raise typer.Exit(130) from None

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -103,7 +104,10 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
         folder.save_tensors(GIVEN, weights or {})
     monitor = Monitor(folder, settings, notify=notify)
     monitor.write()
-    notify(f"Live page: {folder.root / 'sweep.html'}; served: ray-subnets dashboard {folder.root}")
+    notify(
+        f"Live page: {folder.root / 'sweep.html'}; served: ray-subnets dashboard "
+        f"{quote(str(folder.root))}"
+    )
     try:
         if serial or monitor.complete:
             record = run_here(settings, folder, monitor, device=device_here(first))
@@ -118,7 +122,8 @@ def _do(settings: Any, folder: Any, serial: bool, address: str | None, quiet: bo
                 )
     except KeyboardInterrupt:
         err.print(
-            f"Stopped. What was computed is kept: ray-subnets sweep {folder.root}", soft_wrap=True
+            f"Stopped. What was computed is kept: ray-subnets sweep {quote(str(folder.root))}",
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     show(record)

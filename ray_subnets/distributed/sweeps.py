@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 # Read by Tune when it is imported: trials keep the driver's folder, Ctrl-C ends the sweep at once
@@ -389,5 +390,8 @@ def run(
     monitor.state("finished")
     lost = sum(bool(cell.get("lost")) for cell in monitor.cells.values())
     if lost:
-        notify(f"{lost} cells were lost with their processes: ray-subnets sweep {folder} does them")
+        notify(
+            f"{lost} cells were lost with their processes: ray-subnets sweep {quote(str(folder))} "
+            "does them"
+        )
     return monitor.write()
