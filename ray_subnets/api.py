@@ -341,6 +341,7 @@ def _run(
             except ValueError as error:
                 text = str(error).removeprefix("--address: ").split("; start one")[0]
                 raise ValueError(f"ray: {text}; ray=True uses this machine") from None
+        up.enter_context(folder.alone())
         cost = driver.prepare(config, data, folder, network)
         if on:
             return ray_run.run(

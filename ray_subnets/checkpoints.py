@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -120,13 +121,14 @@ class RunFolder:
         """A new, empty run folder.
 
         Raises:
-            ValueError: see `check_free`; or the folder cannot be made.
+            ValueError: see `check_free` and `alone`; or the folder cannot be made.
         """
         RunFolder.check_free(root, overwrite=overwrite, wanted=wanted)
         folder = RunFolder(root)
         try:
             if overwrite and folder._place.state() != "absent":
-                folder._place.clear()
+                with folder.alone():
+                    folder._place.clear()
             folder._place.make()
         except OSError as error:
             raise ValueError(f"--out: cannot create {root}: {storage.reason(error)}") from None
@@ -169,13 +171,18 @@ class RunFolder:
             if fcntl is not None and isinstance(self._place, storage.LocalPlace):
                 path = self._place.root / ".lock"
                 with suppress(OSError):  # read-only: what is written next says so
-                    file = stack.enter_context(path.open("w"))
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        raise ValueError(
-                            f"RUN: another process works in {self}; wait for it, or stop it"
-                        ) from None
+                    while True:
+                        file = stack.enter_context(path.open("w"))
+                        try:
+                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        except BlockingIOError:
+                            raise ValueError(
+                                f"RUN: another process works in {self}; wait for it, or stop it"
+                            ) from None
+                        # Whoever had it may have removed it between the two: a lock on nothing.
+                        ours = os.fstat(file.fileno())
+                        if path.exists() and os.path.samestat(ours, path.stat()):
+                            break
                     stack.callback(path.unlink, missing_ok=True)
             yield
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -64,14 +66,27 @@ def same(data: Data, folder: RunFolder, model: nn.Module) -> None:
     Raises:
         ValueError: one of them changed.
     """
-    if not folder.exists(_DATA):
-        folder.write_json(_DATA, {"sha256": data.content})
-    elif folder.read_json(_DATA).get("sha256") != data.content:
+    same_data(data, folder)
+    _check_answers(data, folder, model)
+
+
+def same_data(data: Data, folder: RunFolder, key: str = "") -> None:
+    """Are the data those of before? Of a new folder they are noted.
+
+    Args:
+        key: tells them apart from others in the same folder.
+
+    Raises:
+        ValueError: they changed.
+    """
+    name = f"data-{hashlib.sha256(key.encode()).hexdigest()[:10]}.json" if key else _DATA
+    if not folder.exists(name):
+        folder.write_json(name, {"sha256": data.content})
+    elif folder.read_json(name).get("sha256") != data.content:
         raise ValueError(
             f"data: {data.name} is not what {folder} was made with: inputs or labels changed; put "
-            "them back, or start a new run"
+            "them back, or begin anew in another folder"
         )
-    _check_answers(data, folder, model)
 
 
 def _check_answers(data: Data, folder: RunFolder, model: nn.Module) -> None:

@@ -103,7 +103,8 @@ class Data:
             total.update(f"{tuple(split.images.shape)} {split.images.dtype}".encode())
             total.update(split.labels.cpu().numpy().tobytes())
             if isinstance(split.images, Tensor):
-                total.update(split.images.cpu().contiguous().numpy().data)
+                flat = split.images.cpu().contiguous().reshape(-1)
+                total.update(flat.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
         return total.hexdigest()
 
     def to(self, device: torch.device) -> Data:

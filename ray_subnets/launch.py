@@ -46,7 +46,7 @@ from ray_subnets.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ray_subnets.checkpoints import RunFolder
     from ray_subnets.config import Config
@@ -220,12 +220,8 @@ def grow(
     if no_single:
         after = after.model_copy(update={"single": False})
 
-    def make() -> RunFolder:
-        if after.single_job() != before.single_job():
-            folder.remove("results/single.json")
-        return folder
-
-    _do(after, make, serial, address, quiet)
+    again = ["results/single.json"] if after.single_job() != before.single_job() else []
+    _do(after, lambda: folder, serial, address, quiet, again=again)
 
 
 def _do(
@@ -235,11 +231,13 @@ def _do(
     address: str | None,
     quiet: bool,
     fresh: bool = False,
+    again: Sequence[str] = (),
 ) -> None:
     """Run or go on with a run, write the report, show the result.
 
     Args:
         fresh: nothing is in the folder yet.
+        again: files of it that are out of date, to be removed first.
     """
     from ray_subnets import driver, progress, report
     from ray_subnets.events import Events
@@ -262,10 +260,12 @@ def _do(
         folder = make()
         if "://" not in str(folder):
             view.note(f"To watch it: ray-subnets dashboard {quote(str(folder))}")
+        stack.enter_context(_interruptible(folder))
+        for name in again:
+            folder.remove(name)
         cost = driver.prepare(config, data, folder, weights=weights)
         events = Events(folder, view.note)
         stack.callback(events.close)
-        stack.enter_context(_interruptible(folder))
 
         def listen(event: Any) -> None:
             view(event)

@@ -133,7 +133,7 @@ class Worker:
                 self._check_room(job)
                 result = self._signed((yield from self._run_twice(job)), attempt)
                 if self.primary:
-                    store_result(self.folder, result)
+                    store_result(self.folder, job, result)
             except (Diverged, WriteFailed) as error:
                 if job.id == "parent":
                     raise
@@ -141,7 +141,7 @@ class Worker:
                 result = self._signed(kind_of(job)(id=job.id, error=str(error)), attempt)
                 if not self._unsure:
                     with suppress(WriteFailed):  # it will be found to diverge again
-                        store_result(self.folder, result)
+                        store_result(self.folder, job, result)
             if self.primary and not self._unsure:
                 with suppress(WriteFailed):  # a checkpoint that stays takes space, no more
                     self.folder.remove(checkpoint_name(job))

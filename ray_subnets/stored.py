@@ -34,13 +34,13 @@ Say = Callable[[str], None]
 _SEAL = "checksum"
 
 
-def store_result(folder: RunFolder, result: Result) -> None:
+def store_result(folder: RunFolder, job: Job, result: Result) -> None:
     """Write `results/ID.json`, with a hash of itself, since JSON would not show a changed digit.
 
     Raises:
         WriteFailed: see `RunFolder.write`.
     """
-    record = asdict(result)
+    record = asdict(result) | {"job": _identity(job)}
     folder.write_json(f"results/{result.id}.json", record | {"sha256": _hash(record)})
 
 
@@ -64,6 +64,9 @@ def stored_result(folder: RunFolder, job: Job, say: Say = lambda line: None) -> 
 
     Args:
         say: called with one line if there is a result that cannot be used.
+
+    Raises:
+        ValueError: it is of other settings than the job's.
     """
     name = f"results/{job.id}.json"
     if not folder.exists(name):
@@ -81,12 +84,29 @@ def stored_result(folder: RunFolder, job: Job, say: Say = lambda line: None) -> 
             record[key] = tuple(record.get(key, ()))
         if "sigmas" in record:
             record["sigmas"] = tuple(record["sigmas"])
-        return kind_of(job)(**record)
+        before = record.pop("job", {})  # folders of version 0.2.0 have none
+        known = kind_of(job)(**record)
     except (TypeError, KeyError, AttributeError) as error:
         say(f"{folder.path(name)}: not a result ({error}); {job.id} is done again")
     except ValueError as error:
         say(f"{str(error).split(';')[0]}; {job.id} is done again")
+    else:
+        if changed := _changed(before, _identity(job)):
+            raise ValueError(
+                f"RUN: {folder}: {job.id} was made with {changed}; its settings were edited: put "
+                "them back, or start a new run"
+            )
+        return known
     return None
+
+
+def _changed(before: Any, now: Any, key: str = "") -> str | None:
+    """The first setting that is not the same, of those that both versions of this program have."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        both = (name for name in before if name in now)
+        found = (_changed(before[name], now[name], name) for name in both)
+        return next((one for one in found if one), None)
+    return None if before == now else f"{key} {before}, not {now}"
 
 
 def check_room(folder: RunFolder, name: str, size: int) -> None:
@@ -107,12 +127,18 @@ def checkpoint_name(job: Job) -> str:
     return f"checkpoints/{job.id}.safetensors"
 
 
-def _digest(job: Job) -> Tensor:
-    """SHA-256 of the job, `(32,)` uint8: a checkpoint of another recipe is not continued."""
+def _identity(job: Job) -> dict[str, Any]:
+    """All that its result follows from, as JSON has it."""
     record = job.to_json()
     if isinstance(record.get("env"), dict):  # of a policy: where it is stepped is no part of it
         record["env"] = {k: v for k, v in record["env"].items() if k not in PLACES}
-    text = json.dumps(record, sort_keys=True).encode()
+    found: dict[str, Any] = json.loads(json.dumps(record))
+    return found
+
+
+def _digest(job: Job) -> Tensor:
+    """SHA-256 of the job, `(32,)` uint8: a checkpoint of another recipe is not continued."""
+    text = json.dumps(_identity(job), sort_keys=True).encode()
     return torch.from_numpy(np.frombuffer(hashlib.sha256(text).digest(), dtype=np.uint8).copy())
 
 

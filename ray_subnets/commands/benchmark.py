@@ -106,7 +106,7 @@ def _do(
     address: str | None,
     quiet: bool,
 ) -> None:
-    from ray_subnets import progress
+    from ray_subnets import checks, progress
     from ray_subnets.benchmark import report as benchmarkreport
     from ray_subnets.benchmark import run as benchmark_
     from ray_subnets.benchmark.table import terminal, verdict
@@ -129,6 +129,8 @@ def _do(
                 watch=view.status,
             )
         stack.enter_context(folder.alone())
+        for name, one in data.items():
+            checks.same_data(one, folder, name)
         try:
             record = benchmark_.run(settings, data, folder, pools, listen=view)
         except KeyboardInterrupt:

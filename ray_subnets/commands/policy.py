@@ -272,6 +272,7 @@ def _swept(
 
     first = settings.config(settings.cells()[0], settings.section.seeds[0])
     with progress.view(policy_sweep.jobs(settings), err, quiet=quiet) as view, ExitStack() as stack:
+        stack.enter_context(folder.alone())
         try:
             if serial:
                 worker = PolicyCellWorker(first.task(str(folder)), data, device_here(first))

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune import schedulers, search
 from ray.tune.experiment import Trial as TuneTrial
 
-from ray_subnets import driver
+from ray_subnets import checks, driver
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.config import Config, Named
 from ray_subnets.data import Data
@@ -42,6 +42,7 @@ from ray_subnets.sweeps.trials import Evaluator, data_key
 
 FAILED = -1e3  # the objective of settings that do not work
 ALIASES = {"asha": "async_hyperband"}
+_CELL = "cell as text"
 _MONITORS: dict[str, Monitor] = {}  # by folder, in the driver; Tune stores callbacks by pickling
 
 
@@ -68,7 +69,7 @@ class Trial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._values = dict(new_config)
+        self._values = cell_of(new_config)
         self._records: list[dict[str, Any]] = []
         return True
 
@@ -124,7 +125,7 @@ class Live(tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._monitor.started(trial.config)
+        self._monitor.started(cell_of(trial.config))
         self._measure()
 
     def on_trial_result(
@@ -136,15 +137,15 @@ class Live(tune.Callback):
         **info: Any,
     ) -> None:
         if "record" in result:
-            self._monitor.started(trial.config, result["worker"])
-            self._monitor.progressed(trial.config, json.loads(result.pop("record")))
+            self._monitor.started(cell_of(trial.config), result["worker"])
+            self._monitor.progressed(cell_of(trial.config), json.loads(result.pop("record")))
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         last = trial.last_result or {}
         error, worker = last.get("failure"), last.get("worker", "")
-        self._monitor.ended(trial.config, error=error, worker=worker)
+        self._monitor.ended(cell_of(trial.config), error=error, worker=worker)
         self._measure()
 
     def on_trial_error(
@@ -153,7 +154,7 @@ class Live(tune.Callback):
         error = trial.get_error()
         lines = str(error or "").strip().splitlines()
         told = " ".join(lines[-1].split())[:300] if lines else "its process died again and again"
-        self._monitor.ended(trial.config, error=told, lost=True)
+        self._monitor.ended(cell_of(trial.config), error=told, lost=True)
         self._measure()
 
 
@@ -233,10 +234,16 @@ def space(sweep: Sweep) -> dict[str, Any]:
     return found
 
 
-def choices(sweep: Sweep) -> dict[str, Any]:
-    """The swept keys of a grid, for cells that are named one by one."""
-    keys = sweep.section.keys.items()
-    return {key: tune.choice(list(values)) for key, values in keys if not isinstance(values, Range)}
+def some(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """These cells, one by one, as Tune wants them; as text, since it resolves lists and mappings
+    in a setting as parts of its own."""
+    return {_CELL: tune.grid_search([json.dumps(cell) for cell in cells])}
+
+
+def cell_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a trial's swept keys."""
+    found: dict[str, Any] = json.loads(config[_CELL]) if _CELL in config else dict(config)
+    return found
 
 
 def parents(sweep: Sweep) -> dict[str, tuple[Config, Fit]]:
@@ -291,10 +298,6 @@ def train_parents(
             pool.close()
 
 
-def _folder_name(trial: TuneTrial) -> str:
-    return f"{cell_id(trial.config)}-{trial.trial_id}"
-
-
 def run(
     sweep: Sweep,
     folder: RunFolder,
@@ -317,6 +320,7 @@ def run(
     share = Share.of(base.resources, growing=growing)
     algorithm, order = searcher(section.search), scheduler(section.scheduler, len(section.seeds))
     data, key = driver.load_data(base), data_key(base)
+    checks.same_data(data, folder, key)
     monitor.state("training parents")
     train_parents(sweep, folder, data, key, notify, growing=growing)
     flat, rest = pack_data(data)
@@ -339,14 +343,13 @@ def run(
     monitor.state("running")
     leave_mark(str(folder))
     try:
-        left = monitor.left
-        points, plain = False, bool(sweep.cells()) and section.scheduler.name == "fifo"
+        plain = bool(sweep.cells()) and section.scheduler.name == "fifo"
+        swept, samples = space(sweep), section.samples or 1
         if plain and Path(path).exists():
             # What is left of a grid follows from the cells' own files. Tune's are pickle, and hold
             # the place where they were written.
             shutil.rmtree(path)
-            algorithm = search.basic_variant.BasicVariantGenerator(points_to_evaluate=left)
-            points = True
+            swept, samples = some(monitor.left), 1
         if tune.Tuner.can_restore(path):
             try:
                 tuner = tune.Tuner.restore(path, trainable, restart_errored=True)
@@ -359,17 +362,17 @@ def run(
         else:
             tuner = tune.Tuner(
                 trainable,
-                param_space=choices(sweep) if points else space(sweep),
+                param_space=swept,
                 tune_config=tune.TuneConfig(
                     metric="objective",
                     mode="max",
                     search_alg=algorithm,
                     scheduler=order,
-                    num_samples=(section.samples or 1) if not points else len(left),
+                    num_samples=samples,
                     max_concurrent_trials=monitor.slots,
                     reuse_actors=True,
                     trial_dirname_creator=lambda trial: (
-                        cell_id(trial.config) + f"-{trial.trial_id}"
+                        cell_id(cell_of(trial.config)) + f"-{trial.trial_id}"
                     ),
                 ),
                 run_config=tune.RunConfig(

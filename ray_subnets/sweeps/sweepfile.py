@@ -134,6 +134,11 @@ class Varied:
         first = key.split(".")[0]
         if key == "seed":
             raise ValueError(f"{self.source}: sweep.keys.seed: list them under sweep.seeds")
+        if first == "weights":
+            raise ValueError(
+                f"{self.source}: sweep.keys.weights: all cells begin with the same weights; make a "
+                "sweep of each"
+            )
         if first in self.run.model_fields:
             return [key]
         having = groups_with(self.base, first, self.groups)

@@ -200,6 +200,7 @@ def run_here(
     if section.search.name != "grid" or section.scheduler.name != "fifo":
         raise ValueError("--serial: works for a grid without a scheduler; leave --serial out")
     evaluator = Evaluator(folder.root, device=device, import_from=str(Path.cwd()))
+    evaluator.load(sweep.config(sweep.corners()[0], section.seeds[0]))  # else each cell would fail
     monitor.state("running")
     try:
         for values in monitor.left:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_subnets import driver, metrics, supervised, trust_region
+from ray_subnets import checks, driver, metrics, supervised, trust_region
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.combining import combine, greedy, right_class
 from ray_subnets.config import Config
@@ -160,7 +160,7 @@ class Evaluator:
 
     def _worker(self, config: Config) -> _Maker:
         """One for each combination of network and data; the data are shared."""
-        data = self._load(config)
+        data = self.load(config)
         task = config.task(str(self.folder))
         key = json.dumps(
             [
@@ -178,11 +178,18 @@ class Evaluator:
             self._workers[key] = _Maker(task, data, self._device)
         return self._workers[key]
 
-    def _load(self, config: Config) -> Data:
+    def load(self, config: Config) -> Data:
+        """The data of `config`.
+
+        Raises:
+            ValueError: they are not there, or others than when the sweep began.
+        """
         key = data_key(config)
         if key not in self._data:
+            data = driver.load_data(config)
+            checks.same_data(data, self.folder, key)
             self._data = dict(list(self._data.items())[-KEPT_DATA + 1 :])
-            self._data[key] = driver.load_data(config)
+            self._data[key] = data
         return self._data[key]
 
     def _parent(self, config: Config, worker: _Maker) -> tuple[dict[str, Tensor], Tensor]:
