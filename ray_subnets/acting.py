@@ -17,6 +17,7 @@ from ray_subnets.masks import Masks
 from ray_subnets.recipes import ChildSpec, derive
 from ray_subnets.spawning import METHODS, Anatomy, Subnetwork, anneals, removable
 from ray_subnets.topology import Annealed, Fixed, Iterative, Topology
+from ray_subnets.units import Kept, staying
 
 
 def probabilities(spec: ChildSpec, sub: Subnetwork) -> stochastic.Matrices:
@@ -73,6 +74,14 @@ class _Draw:
             self._start = {name: p.to(device) for name, p in self._start.items()}
 
     def __call__(self, epoch: float, generator: torch.Generator) -> Masks | None:
+        drawn = self._drawn(epoch, generator)
+        if drawn is None or not self._structured:
+            return drawn
+        # A unit comes back whole.
+        return structured.unit_masks(self._body.parameters, self._body.units, drawn)
+
+    def _drawn(self, epoch: float, generator: torch.Generator) -> Masks | Kept | None:
+        """Of weights or of units; None: the recipe's own."""
         spec = self._spec
         scale = stochastic.anneal(epoch, start=1.0, epochs=spec.anneal_epochs, shape=spec.anneal)
         if scale == 0:
@@ -81,11 +90,7 @@ class _Draw:
             drawn = stochastic.realise(self._target, spec.tau * scale, generator)
         else:
             drawn = stochastic.realise_matrix(self._start, self._target, scale, generator)
-        if not self._structured:
-            return drawn
-        # A unit comes back whole.
-        drawn = {name: mask.cpu() for name, mask in drawn.items()}
-        return structured.unit_masks(self._body.parameters, self._body.units, drawn)
+        return {name: mask.cpu() for name, mask in drawn.items()} if self._structured else drawn
 
     def density(self, epoch: float) -> dict[str, float]:
         """Weight -> fraction that is expected to act."""
@@ -93,11 +98,8 @@ class _Draw:
         scale = stochastic.anneal(epoch, start=1.0, epochs=spec.anneal_epochs, shape=spec.anneal)
         if self._structured:
             some = torch.Generator().manual_seed(derive(spec.seed, "density"))
-            drawn = self(epoch, some)
-            if drawn is None:
-                units, parameters = self._body.units, self._body.parameters
-                drawn = structured.unit_masks(parameters, units, self._target)
-            return {name: _share(mask) for name, mask in drawn.items()}
+            drawn = self._drawn(epoch, some)
+            return _left(self._target if drawn is None else drawn, self._body)
         found = {}
         for name, mask in self._target.items():
             share = _share(mask)
@@ -113,6 +115,15 @@ def _share(mask: Tensor) -> float:
     return int(mask.sum()) / mask.numel()
 
 
+def _left(kept: Kept, body: Anatomy) -> dict[str, float]:
+    """Parameter -> fraction of it that is left with these units, and what reads them."""
+    (rows, columns), whole = staying(body.units, kept), torch.ones(1)
+    return {
+        name: _share(rows.get(name, whole)) * _share(columns.get(name, whole))
+        for name in rows.keys() | columns.keys()
+    }
+
+
 def shares(spec: ChildSpec, sub: Subnetwork, body: Anatomy, steps: int) -> dict[str, float]:
     """Weight -> fraction of it that acts while the child is tuned, the mean over all steps.
 
@@ -123,6 +134,8 @@ def shares(spec: ChildSpec, sub: Subnetwork, body: Anatomy, steps: int) -> dict[
         steps: of the optimizer in an epoch.
     """
     kept = {name: _share(mask) for name, mask in sub.masks.items()}
+    if sub.kept is not None:
+        kept = _left(sub.kept, body)
     if not METHODS[spec.method].prunes or not spec.epochs:
         return kept if METHODS[spec.method].prunes else {}
     if spec.prune_epochs and not anneals(spec):

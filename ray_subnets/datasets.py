@@ -67,7 +67,9 @@ def statistics(images: Tensor | ImageFiles | Items) -> Preprocess:
     if images.is_floating_point() or is_whole(images):
         return Preprocess()
     channels = images.transpose(0, 1).flatten(1).double() / 255
-    std = channels.std(1).clamp_min(1e-6)
+    std = channels.std(1)
+    # What hardly changes in training, a pixel that is black nearly always, would explode elsewhere.
+    std = torch.where(std < 1 / 255, 1.0, std)
     return Preprocess(tuple(channels.mean(1).tolist()), tuple(std.tolist()))
 
 

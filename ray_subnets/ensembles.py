@@ -101,7 +101,8 @@ class Ensemble(nn.Module):
         self.members = members if isinstance(members, Members) else nn.ModuleList(members)
         self.ids = tuple(ids)
         self.preprocess = preprocess
-        self.combine = combine
+        # A vote of one is certain of everything: one network is asked what it thinks.
+        self.combine = "probabilities" if combine == "vote" and len(ids) == 1 else combine
         self.weights = tuple(weights) if weights is not None else None
         self.temperature = temperature
         self.calibrated = calibrated

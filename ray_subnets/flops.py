@@ -60,7 +60,7 @@ def forward_cost(
     root = type(model).__name__
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_weight: dict[str, int] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and path:  # one that several layers share costs each
             name = names[id(weight)]
@@ -72,13 +72,19 @@ def forward_cost(
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Attention as operations that the counter knows, and not as one that it does not."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Attention and recurrent layers as operations that the counter knows, and not as one each that
+    it does not."""
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    attention, others = torch.backends.mha.get_fastpath_enabled(), [b.enabled for b in backends]
     torch.backends.mha.set_fastpath_enabled(False)
+    for backend in backends:
+        backend.enabled = False
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(attention)
+        for backend, enabled in zip(backends, others, strict=True):
+            backend.enabled = enabled
 
 
 @contextmanager

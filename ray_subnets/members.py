@@ -158,8 +158,10 @@ class Saved:
             files = [member.weights for member in record.members]
             files += [record.parent] if _needs_parent(record) else []
         else:
-            record = record.model_copy(update={"temperature": temperature})
-            files = list(record.networks)
+            known = dict(zip(_numbers(record), record.networks, strict=True))
+            files = [known[id] for id in ids]
+            update = {"temperature": temperature, "networks": tuple(files)}
+            record = record.model_copy(update=update)
         try:
             target = RunFolder.create(folder)
         except ValueError as error:
@@ -238,7 +240,7 @@ def load(
     networks: Sequence[nn.Module] | Members
     if isinstance(record, MethodRecord):
         networks = _of_method(record, folder, source, build)
-        ids = [f"{i:03d}" for i in range(len(networks))]
+        ids = _numbers(record)
     else:
         ids = ["parent"] * record.include_parent + [m.recipe.id for m in record.members]
         shares = [record.parent_share] * record.include_parent + [m.share for m in record.members]
@@ -304,7 +306,12 @@ def _builder(
             )
         try:
             shape, classes = record.input_shape, record.num_classes
-            made = models.build(name, shape, classes, options, seed=0, input_dtype=record.dtype)
+            made = models.build(
+                *(name, shape, classes, options),
+                seed=0,
+                input_dtype=record.dtype,
+                from_folder=True,
+            )
             model = Blueprint.of(made)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; {folder.mend}") from None
@@ -378,6 +385,11 @@ def write_method(
         networks=tuple(files),
     )
     folder.write_json(ENSEMBLE, record.model_dump(mode="json"))
+
+
+def _numbers(record: MethodRecord) -> list[str]:
+    """Ids of its networks."""
+    return [Path(stored.file).stem for stored in record.networks]
 
 
 def _of_method(

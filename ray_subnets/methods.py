@@ -135,7 +135,7 @@ def groups_of(
         raise ValueError("tune: noisy children are not tuned; leave it out")
     entries = []
     for one in methods:
-        entry: dict[str, Any] = {"method": one.name, **one.settings}
+        entry: dict[str, Any] = {"method": one.name, **_plain(one.settings)}
         if "count" not in entry:
             entry["count"] = share
         if one.name != "noisy":
@@ -150,3 +150,10 @@ def groups_of(
                 )
         entries.append(entry)
     return entries
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as a file has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

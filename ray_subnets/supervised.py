@@ -32,6 +32,10 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 """A network and a batch -> loss in nats, summed over the batch's images."""
 
 
+_LONELY = "more than 1 value per channel"
+"""in what batch normalisation says of a batch of one"""
+
+
 class Diverged(ValueError):
     """The loss became NaN or infinite: the user's setting, not our fault."""
 
@@ -136,7 +140,9 @@ def train(
             topology.start_epoch(epoch)
         bernoulli = torch.Generator(device).manual_seed(derive(seed, "bernoulli", epoch))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(derive(seed, "dropout", epoch))  # layers that draw by themselves
+            # Layers that draw by themselves, in each process other samples' masks.
+            apart = (batches.rank,) if batches.rank else ()
+            torch.manual_seed(derive(seed, "dropout", epoch, *apart))
             for i, batch in enumerate(batches.epoch(epoch)):
                 step = epoch * steps + i
                 lr = set_rates(optimizer, training, step, total, rate)
@@ -145,10 +151,15 @@ def train(
                     with half:
                         loss = objective(model, batch)
                 else:
-                    with half:
-                        logits = (
-                            functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
-                        )
+                    try:
+                        with half:
+                            logits = (
+                                functional_call(model, seen, (batch.x,)) if seen else model(batch.x)
+                            )
+                    except ValueError as error:
+                        if batches.world > 1 or len(batch.y) > 1 or _LONELY not in str(error):
+                            raise
+                        continue  # the last batch is of one sample, which has no variance
                     answers = main_output(logits).float()
                     if criterion is not None:
                         loss = criterion(answers, batch.y)
@@ -166,18 +177,28 @@ def train(
                     topology.after_step()
                 loss_sum += loss.detach()
                 images += len(batch.y)
-        mean_loss = float(loss_sum) / max(images, 1)
-        if not math.isfinite(mean_loss):
-            raise Diverged(f"{id}: the loss is {mean_loss} in epoch {epoch + 1}; lower its lr")
-        yield Epoch(
+        done = Epoch(
             id=id,
             epoch=epoch + 1,
             epochs=training.epochs,
-            loss=mean_loss,
+            loss=float(loss_sum) / max(images, 1),
             lr=lr,
             images=images,
             seconds=time.perf_counter() - began,
         )
+        if batches.world == 1:  # of several, all must stop: they decide together
+            check_loss(done)
+        yield done
+
+
+def check_loss(done: Epoch) -> None:
+    """Is the mean loss of an epoch a number?
+
+    Raises:
+        Diverged: it is not.
+    """
+    if not math.isfinite(done.loss):
+        raise Diverged(f"{done.id}: the loss is {done.loss} in epoch {done.epoch}; lower its lr")
 
 
 def main_output(output: Any) -> Tensor:

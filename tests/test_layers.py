@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["rl", "benchmark", "sweeps", "commands", "shifts", "serving"],
-    ["memory", "pages", "serving.requested", "inputs", "strangers"],
+    ["memory", "pages", "serving.requested", "inputs", "strangers", "own_code"],
     ["commands.options"],
     ["serving.webapp"],
     [

@@ -8,6 +8,7 @@ local to each worker on CPUs, where torch has no synchronised version.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import threading
 import time
@@ -23,10 +24,12 @@ import torch
 import torch.distributed
 from torch import nn
 
+from ray_subnets import supervised
 from ray_subnets.checkpoints import RunFolder, WriteFailed
 from ray_subnets.data import Batches, Data
 from ray_subnets.distributed.children import unpack_data
 from ray_subnets.distributed.visible import check_mark
+from ray_subnets.inputs import made_up
 from ray_subnets.memory import keep_freed
 from ray_subnets.population import Report, Task, Worker
 from ray_subnets.recipes import Epoch, Fit
@@ -47,7 +50,21 @@ class ParentWorker(Worker):
 
     def parallel(self, model: nn.Module) -> nn.Module:
         cuda = self.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(model, [self.device] if cuda else None)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            [self.device] if cuda else None,
+            find_unused_parameters=self._has_unused(model),
+        )
+
+    def _has_unused(self, model: nn.Module) -> bool:
+        """Are there parameters that the main output does not depend on, of auxiliary heads?"""
+        probe = copy.deepcopy(model).train()
+        parameters = [p for p in probe.parameters() if p.requires_grad]
+        x = made_up(2, self.data.input_shape, self.data.input_dtype).to(self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            output = supervised.main_output(probe(x))
+        found = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+        return any(gradient is None for gradient in found)
 
     def build(self, seed: int) -> nn.Module:
         model = super().build(seed)
@@ -62,7 +79,9 @@ class ParentWorker(Worker):
         )
         torch.distributed.all_reduce(sums)
         loss, images = sums.tolist()
-        return replace(report, loss=loss / images, images=int(images))
+        whole = replace(report, loss=loss / images, images=int(images))
+        supervised.check_loss(whole)  # here: all of them raise, or none, which others wait for
+        return whole
 
 
 def _loop(config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_subnets import own_code
 from ray_subnets.inputs import are_probabilities, described, made_up
 from ray_subnets.models.densenet import densenet121
 from ray_subnets.models.impala import Impala
@@ -103,6 +104,7 @@ def build(
     *,
     channels_last: bool = True,
     input_dtype: torch.dtype = torch.float32,
+    from_folder: bool = False,
 ) -> nn.Module:
     """A network with initial weights drawn from `seed`, checked to give `(N, num_classes)`.
 
@@ -111,6 +113,8 @@ def build(
         name: a key of `MODELS`, `torchvision/<name>`, `timm/<name>`, or
             `package.module:function`. A user's function is given `input_shape` and `num_classes` if
             it has parameters of these names.
+        from_folder: the name is not the user's but a folder's, so it may only be of code of the
+            user's own, see `own_code`.
 
     Raises:
         ValueError: unknown name or option, or a network that does not fit the data.
@@ -135,7 +139,7 @@ def build(
         elif name.startswith("timm/"):
             model = _timm(name.removeprefix("timm/"), num_classes, dict(options))
         elif ":" in name:
-            model = _call(import_path(name, "model"), "model", offered, dict(options))
+            model = _call(_named(name, from_folder), "model", offered, dict(options))
         elif name == GIVEN:
             raise ValueError(
                 "model: it was given in Python and is not known by name; go on from there, with "
@@ -152,6 +156,18 @@ def build(
             model.requires_grad_(True)  # all frozen: to be used as it was, not to stay so
         _check_output(model, name, made_up(2, input_shape, input_dtype), num_classes)
     return in_fast_format(model) if channels_last else model
+
+
+def _named(path: str, from_folder: bool) -> Callable[..., Any]:
+    try:
+        if from_folder:
+            own_code.check_name(path)
+        target = import_path(path, "model")
+        if from_folder:
+            own_code.check_target(path, target)
+    except ValueError as error:
+        raise ValueError(f"model: {str(error).removeprefix('model: ')}") from None
+    return target
 
 
 def _timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -37,7 +37,8 @@ def load_policy(
     folder = RunFolder.open(run, needs="result.json")
     config, record = policy_run.config_of(folder), folder.read_json("result.json")
     shape, actions = record["env"]["observation_shape"], record["env"]["num_actions"]
-    build = partial(models.build, config.model.name, shape, actions, config.model.options, seed=0)
+    how = (config.model.name, shape, actions, config.model.options)
+    build = partial(models.build, *how, seed=0, from_folder=True)
     home = RunFolder(record["parent"]["folder"] or str(folder))
     parent = home.load_tensors(Stored(**record["parent"]["weights"]))
     if group == "parent":

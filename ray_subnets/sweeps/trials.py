@@ -239,7 +239,8 @@ def _scores(
     chosen = _members(config, logits, validation, errors, labels)
     stack = torch.stack([logits[id] for id in chosen])
     shares = [share_of(validation[id], config.select.by) for id in chosen]
-    together = combine(stack, config.combine, shares if config.combine == "weighted" else None)
+    how = config.combine if len(chosen) > 1 else "probabilities"  # as in `Ensemble`
+    together = combine(stack, how, shares if how == "weighted" else None)
     spread = trust_region.summary(
         [kl for kl, _ in apart.values()], [mse for _, mse in apart.values()]
     )
