@@ -137,6 +137,10 @@ class Ensemble(nn.Module):
             x = x[:, None]
         if x.dtype == torch.uint8 and not self.preprocess.mean and self.input_shape is not None:
             raise ValueError("x: these are uint8 images, and the ensemble was not made of images")
+        takes_whole = not self.input_dtype.is_floating_point
+        if shape is not None and (takes_whole != is_whole(x) or x.dtype == torch.bool):
+            kind = "whole numbers" if takes_whole else "floating point, or uint8 images"
+            raise ValueError(f"x: inputs are {kind}, not {x.dtype}")
         return x
 
     def labelled(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -303,7 +307,7 @@ class Ensemble(nn.Module):
         """An ensemble of these members, which it shares, in this order; no temperature is known.
 
         Raises:
-            ValueError: there is no such member, or members are not networks of their own.
+            ValueError: there is no such member, or one is named twice.
         """
         for id in ids:
             if id not in self.ids:

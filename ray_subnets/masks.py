@@ -56,12 +56,15 @@ def maskable(
     names = list(dict.fromkeys(names))  # a tied weight is one weight
     kept = names if classifier else names[:-1]
     for pattern in whole:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_fits(name, pattern) for name in names):
             raise ValueError(
                 f"whole: no weight that could be masked is named {pattern!r}; there are "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
-    kept = [name for name in kept if not any(fnmatchcase(name, one) for one in whole)]
+    some = [name for name in kept if not any(_fits(name, one) for one in whole)]
+    if kept and not some:
+        raise ValueError(f"whole: {', '.join(whole)} leaves no weight to mask; name fewer")
+    kept = some
     if not kept:
         raise ValueError(
             "model: no convolution or linear layer to mask"
@@ -69,6 +72,10 @@ def maskable(
         )
     parameters = dict(model.named_parameters())
     return {name: parameters[name].shape for name in kept}
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may have a `[`
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ class Solve(Described):
     kl_target: float
     """nats"""
     samples: int
-    """validation samples it is measured on, the first so many"""
+    """validation samples it is measured on, see `data.some`"""
     per_layer: bool = False
 
     @property
