@@ -96,6 +96,7 @@ def test_losses_as_worked_out_by_hand() -> None:
         advantages=torch.tensor([2.0, -1.0]),
         returns=torch.tensor([2.0, 0.0]),
         clip=0.2,
+        clip_value=0.2,
     )
     # min(3, 1.2 x 2) and min(-2, -1.2): a ratio that went the wrong way is not clipped.
     assert float(one.policy) == pytest.approx(-(2.4 - 2.0) / 2)
@@ -118,6 +119,7 @@ def test_clipped_samples_have_no_gradient() -> None:
         advantages=torch.ones(2),
         returns=torch.zeros(2),
         clip=0.2,
+        clip_value=0.2,
     )
     one.policy.backward()
     assert logits.grad is not None

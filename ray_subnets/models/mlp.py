@@ -39,12 +39,13 @@ def mlp(
 
 
 def without_modules(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The same function of its inputs, bit for bit, and nothing else: hooks are not called.
+    """The same function of its inputs, bit for bit, with the weights that it has now.
 
     To call the modules of a small network takes as long as its arithmetic. What is not such a chain
-    as `mlp` makes is returned as it is.
+    as `mlp` makes, or has hooks, is returned as it is.
     """
-    if type(network) is not nn.Sequential:
+    hooks = (part._forward_hooks or part._forward_pre_hooks for part in network.modules())
+    if type(network) is not nn.Sequential or any(hooks):
         return network
     steps: list[Callable[[Tensor], Tensor]] = []
     for layer in network:

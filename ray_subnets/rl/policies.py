@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ray_subnets.combining import combine
 from ray_subnets.models.actor_critic import to_input
-from ray_subnets.models.mlp import without_modules
 from ray_subnets.recipes import ChildSpec, derive
 from ray_subnets.rl.envs import Environments
 from ray_subnets.rl.policy_jobs import Choice, Combine
@@ -66,7 +65,6 @@ class Ensemble:
     ) -> None:
         assert actors
         self.actors = [actor.eval() for actor in actors]
-        self._asked = [without_modules(actor) for actor in self.actors]
         self.how = how
         self.observation_shape = tuple(shape) if shape is not None else None
 
@@ -84,7 +82,7 @@ class Ensemble:
                 f"stacked, channels first, numbers one-hot), not {tuple(seen.shape)}"
             )
         x = to_input(seen)
-        return together(torch.stack([actor(x).float() for actor in self._asked]), self.how)
+        return together(torch.stack([actor(x).float() for actor in self.actors]), self.how)
 
 
 def together(logits: Tensor, how: Combine = "probabilities") -> Tensor:

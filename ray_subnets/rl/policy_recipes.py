@@ -69,6 +69,10 @@ class PPO:
     gamma: Annotated[float, Gt(0), Le(1)] = 0.999
     gae_lambda: Fraction = 0.95
     clip_coef: Positive = 0.2
+    """of the ratio of probabilities"""
+    clip_value: Positive | None = 0.2
+    """how far a value may move in an iteration [37, 9], in units of normalised rewards: others are
+    not clipped, since their values may have to go far. None: never"""
     ent_coef: NonNegative = 0.01
     vf_coef: NonNegative = 0.5
     """weight of the value loss (openai/baselines); not in the table"""

@@ -11,6 +11,7 @@ A actions, B = T E samples.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,7 @@ def losses(
     returns: Tensor,
     *,
     clip: float,
+    clip_value: float | None,
 ) -> Losses:
     """The clipped surrogate [PPO, eq. 7] and the clipped value loss [37, 9], to be made small.
 
@@ -97,15 +99,20 @@ def losses(
     2020, "Approximating KL divergence"; [37, 12]).
 
     Args:
-        logits: `(n, A)`; all others `(n,)`.
+        logits: `(n, A)`, -inf of actions that must not be taken; all others `(n,)`.
+        clip_value: None: values are not clipped.
     """
     log_probs = logits.log_softmax(1)
     log_ratio = log_probability(logits, actions) - old_log_probs
     ratio = log_ratio.exp()
     surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    value = 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).mean()
-    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    off = (values - returns) ** 2
+    if clip_value is not None:
+        near = old_values + (values - old_values).clamp(-clip_value, clip_value)
+        off = torch.max(off, (near - returns) ** 2)
+    value = 0.5 * off.mean()
+    least = torch.finfo(log_probs.dtype).min  # 0 times -inf is no number
+    entropy = -(log_probs.exp() * log_probs.clamp_min(least)).sum(1).mean()
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()
         clipped = ((ratio - 1).abs() > clip).float().mean()
@@ -285,7 +292,6 @@ def train(
     if start_iteration == 0:
         envs.reset()
     assert envs.observations is not None, "restore the environments first"
-    model.train()
     for iteration in range(start_iteration, total):
         began, episodes = time.perf_counter(), Episodes()
         lr = settings.lr * (1 - iteration / total if settings.anneal_lr else 1)
@@ -297,6 +303,7 @@ def train(
         with torch.no_grad():
             acting = weights()
         generator = torch.Generator(device).manual_seed(derive(seed, "actions", iteration))
+        model.eval()  # what acts is not to depend on who acts beside it, nor to draw by itself
         asked = as_asked(model, half, acting)
         rollout = collect(*asked, envs, settings, generator, episodes)
         collected = time.perf_counter()
@@ -311,21 +318,12 @@ def train(
             tensor.flatten(0, 1)
             for tensor in (*rollout[:2], rollout.log_probs, rollout.values, advantages, returns)
         ]
-        shuffle = torch.Generator().manual_seed(derive(seed, "minibatches", iteration))
-        passes, one = 0, None
-        while passes < settings.update_epochs:
-            order = torch.randperm(len(samples[0]), generator=shuffle).to(device)
-            for batch in order.tensor_split(settings.num_minibatches):
-                forward = _forward(model, half, weights())
-                one = _update(model, forward, optimizer, settings, [s[batch] for s in samples])
-                if topology:
-                    topology.after_step()
-            passes += 1
-            assert one is not None
-            kl = float(one.approx_kl)
-            if settings.target_kl is not None and not kl <= settings.target_kl:
-                break
-        assert one is not None
+        model.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive(seed, "dropout", iteration))  # layers that draw by themselves
+            shuffle = torch.Generator().manual_seed(derive(seed, "minibatches", iteration))
+            forwards = (_forward(model, half, weights()) for _ in itertools.count())
+            one, passes = _learn(model, forwards, optimizer, settings, samples, shuffle, topology)
         numbers = [float(loss) for loss in one]
         if not all(map(math.isfinite, numbers)):
             raise Diverged(f"{id}: a loss is not finite in iteration {iteration + 1}; lower its lr")
@@ -347,6 +345,34 @@ def train(
             seconds=time.perf_counter() - began,
             rollout_seconds=collected - began,
         )
+
+
+def _learn(
+    model: ActorCritic,
+    forwards: Iterator[Forward],
+    optimizer: torch.optim.Optimizer,
+    settings: PPO,
+    samples: list[Tensor],
+    shuffle: torch.Generator,
+    topology: Topology | None,
+) -> tuple[Losses, int]:
+    """Passes over a rollout's samples `(B, ...)`: the last minibatch's losses, and how many passes.
+
+    Args:
+        forwards: the network, for each minibatch anew.
+    """
+    passes = 0
+    while True:
+        order = torch.randperm(len(samples[0]), generator=shuffle).to(samples[0].device)
+        for batch in order.tensor_split(settings.num_minibatches):
+            one = _update(model, next(forwards), optimizer, settings, [s[batch] for s in samples])
+            if topology:
+                topology.after_step()
+        passes += 1
+        kl = float(one.approx_kl)
+        far = settings.target_kl is not None and not kl <= settings.target_kl
+        if far or passes == settings.update_epochs:
+            return one, passes
 
 
 def _weights(
@@ -419,6 +445,7 @@ def _update(
         *(logits, values, actions, log_probs, old_values),
         *(normalized(advantages), returns),
         clip=settings.clip_coef,
+        clip_value=settings.clip_value if settings.normalize_reward else None,
     )
     loss = one.policy + settings.vf_coef * one.value - settings.ent_coef * one.entropy
     optimizer.zero_grad(set_to_none=True)
