@@ -59,9 +59,10 @@ def build(
 ) -> ActorCritic:
     """An actor, by name as `models.build` takes it, and its critic, weights drawn from `seed`.
 
-    Linear layers are orthogonal with gain sqrt(2), the actor's last with 0.01, so that it begins
-    with all actions alike, the critic's with 1; biases zero (openai/baselines; Andrychowicz et
-    al. 2021, "What matters for on-policy deep actor-critic methods", 3.2).
+    Linear layers of ours are orthogonal with gain sqrt(2), the actor's last with 0.01, so that it
+    begins with all actions alike, the critic's with 1; biases zero (openai/baselines; Andrychowicz
+    et al. 2021, "What matters for on-policy deep actor-critic methods", 3.2). Networks of others
+    stay as they are made.
 
     Raises:
         ValueError: unknown network or option, or one that does not take these observations.
@@ -71,7 +72,15 @@ def build(
     if isinstance(actor, Impala):
         critic = nn.Linear(actor.classifier.in_features, 1)
     else:
-        critic = models.build(name, observation_shape, 1, options, seed)
+        try:
+            critic = models.build(name, observation_shape, 1, options, seed)
+        except ValueError as error:
+            raise ValueError(
+                f"model: {name!r} makes the critic too, and must give one number where num_classes "
+                f"is 1: {str(error).removeprefix('model: ')}"
+            ) from None
+    if name not in models.MODELS:
+        return ActorCritic(actor, critic)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for network, gain in ((actor, 0.01), (critic, 1.0)):

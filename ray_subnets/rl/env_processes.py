@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ray_subnets.rl.simulators import Array, GymnasiumSimulator, Levels, Stepped
+from ray_subnets.strangers import raised
 
 _BEGIN = """
 import json, sys
@@ -353,8 +354,8 @@ def _serve(connection: Connection) -> None:
                     if what == "close":
                         share = None
                 reply = pickle.dumps((answer, None))
-        except ValueError as error:  # of the environment's too: see `GymnasiumSimulator`
-            told = ValueError(str(error))
+        except Exception as error:  # the environment's are told: see `GymnasiumSimulator`
+            told = ValueError(str(error) if isinstance(error, ValueError) else raised(error))
             told.add_note(traceback.format_exc())
             reply = pickle.dumps((None, told))
         connection.send_bytes(reply)

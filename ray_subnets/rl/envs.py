@@ -41,7 +41,9 @@ def unseen(env: Env) -> Env:
         ValueError: `env` plays all levels.
     """
     start = env.start_level + env.num_levels
-    if not env.num_levels or start >= LAST_LEVEL:
+    if start > LAST_LEVEL:
+        raise ValueError(f"env.start_level: levels end at {LAST_LEVEL}")
+    if not env.num_levels or start == LAST_LEVEL:
         raise ValueError("env.num_levels: with all levels in training none is unseen; use 200")
     return replace(env, start_level=start, num_levels=LAST_LEVEL - start)
 
@@ -57,6 +59,12 @@ def simulator(env: Env, seed: int) -> Simulator:
             raise ValueError(f"env.{name}: must be at least {least}, not {getattr(env, name)}")
     if env.num_levels and env.start_level + env.num_levels > LAST_LEVEL:
         raise ValueError(f"env.start_level: levels end at {LAST_LEVEL}")
+    if env.id.startswith(PROCGEN) and env.processes:
+        raise ValueError("env.processes: ProcGen has threads of its own; use env.threads")
+    if not env.id.startswith(PROCGEN):
+        for name, usual in (("threads", 0), ("distribution_mode", "easy")):
+            if getattr(env, name) != usual:
+                raise ValueError(f"env.{name}: is for ProcGen's games; leave it out")
     if env.start_level and not env.num_levels:
         raise ValueError("env.start_level: give num_levels too; without it all levels are played")
     levels = Levels(env.start_level, env.num_levels)
@@ -111,13 +119,21 @@ class RunningReturn:
             scaled[t] = now / (self.variance + 1e-8) ** 0.5
         return scaled.clip(-10.0, 10.0)
 
+    @property
+    def moments(self) -> Array:
+        """Mean, variance and count `(3,)` of the discounted return."""
+        return np.array([self.mean, self.variance, self.count])
+
+    @moments.setter
+    def moments(self, moments: Array) -> None:
+        self.mean, self.variance, self.count = moments.tolist()
+
     def state(self) -> dict[str, Array]:
-        moments = np.array([self.mean, self.variance, self.count])
-        return {"returns": self.returns.copy(), "moments": moments}
+        return {"returns": self.returns.copy(), "moments": self.moments}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         self.returns = state["returns"].copy()
-        self.mean, self.variance, self.count = state["moments"].tolist()
+        self.moments = state["moments"]
 
 
 class Environments:
@@ -217,7 +233,9 @@ class Environments:
         Raises:
             ValueError: a reward is NaN or infinite.
         """
-        if not (good := np.isfinite(rewards)).all():
+        with np.errstate(over="ignore"):
+            good = np.isfinite(rewards.astype(np.float32))  # as they are learnt from
+        if not good.all():
             t, worst = (int(first[0]) for first in np.nonzero(~good))
             raise ValueError(
                 f"env.id: {self.env.id} gave the reward {rewards[t, worst]} in environment "
@@ -246,6 +264,19 @@ class Environments:
                 f"env.id: {self.env.id} gave an observation with NaN or infinity in environment "
                 f"{worst}, step {self._steps - len(observations) + step}; they must be finite"
             )
+
+    def check_final(self, final: Mapping[int, Array]) -> None:
+        """Are the last observations of episodes that were cut off numbers?
+
+        Raises:
+            ValueError: NaN or infinity is among them.
+        """
+        for i, observation in final.items():
+            if observation.dtype != np.uint8 and not np.isfinite(observation).all():
+                raise ValueError(
+                    f"env.id: {self.env.id} gave a last observation with NaN or infinity in "
+                    f"environment {i}, step {self._steps}; they must be finite"
+                )
 
     def scaled(self, rewards: Array, ended: Array) -> Array:
         """What to learn from: the rewards of the steps since this was asked last, in proportion.

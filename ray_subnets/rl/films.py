@@ -68,6 +68,8 @@ def shoot(
     Raises:
         ValueError: there is nothing to see in this environment.
     """
+    if not {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"} & os.environ.keys():
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # else SDL complains that there is no screen
     envs = Environments(env, seed)
     try:
         observations, _ = envs.reset()

@@ -164,6 +164,11 @@ def play(
             uniforms = rng.random(envs.num_envs)
             left = np.flatnonzero(done < episodes)  # the others' actions no longer matter
             probabilities = policy(torch.from_numpy(observations[left]).to(device))
+            if not probabilities.isfinite().all():
+                raise ValueError(
+                    f"env.id: a policy answers an observation of {env.id} with NaN or infinity; "
+                    "observations and logits must be finite"
+                )
             drawn = torch.from_numpy(uniforms[left]).to(device)
             actions = np.zeros(envs.num_envs, np.int64)
             actions[left] = choose(probabilities, how, drawn).cpu().numpy()

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le
 
 from ray_subnets.recipes import Count, Fraction, NonNegative, Positive
 
-Mode = Literal["easy", "hard", "extreme", "memory", "exploration"]
+Mode = Literal["easy", "hard", "extreme", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)

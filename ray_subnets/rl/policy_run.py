@@ -23,7 +23,7 @@ from ray_subnets.rl import policyfile
 from ray_subnets.rl.policy_jobs import Film, Match, Member, Player, split
 from ray_subnets.rl.policy_summary import WORDS, children, cost, evaluation, load_lines, training
 from ray_subnets.rl.policy_summary import playing as match_records
-from ray_subnets.rl.policy_worker import blank
+from ray_subnets.rl.policy_worker import MOMENTS, blank
 from ray_subnets.rl.policyfile import PolicyConfig
 from ray_subnets.spawning import anatomy
 from ray_subnets.stored import stored_result
@@ -214,7 +214,8 @@ def steps(
     every = [match for some in playing.values() for match in some]
     stored = results["parent"].weights
     assert stored
-    size = sum(one.numel() for one in home.load_tensors(stored).values())
+    weights = home.load_tensors(stored)
+    size = sum(one.numel() for name, one in weights.items() if name != MOMENTS)
     start = min(result.started for result in results.values())
     record = {
         "kind": "policy",

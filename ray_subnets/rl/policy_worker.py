@@ -38,6 +38,8 @@ from ray_subnets.strangers import raised
 from ray_subnets.topology import Topology
 
 ACTOR = "actor."
+MOMENTS = "rewards.moments"
+"""beside the parent's weights: of the returns that its rewards were divided by"""
 EVERY = 10.0  # seconds between checkpoints, at least
 LAST = 100  # episodes whose mean return is told
 Doing = Generator[Epoch | Note, None, Any]
@@ -113,23 +115,26 @@ class PolicyWorker(Worker):
 
     def _fit(self, job: PolicyFit) -> Doing:
         model = self.build(job.seed)
-        curve = yield from self.learn(job, model, job.env, job.ppo, job.seed)
-        weights = self.folder.save_tensors(f"{job.id}.safetensors", model.state_dict())
+        curve, moments = yield from self.learn(job, model, job.env, job.ppo, job.seed)
+        tensors = model.state_dict() | ({} if moments is None else {MOMENTS: moments})
+        weights = self.folder.save_tensors(f"{job.id}.safetensors", tensors)
         return Result(id=job.id, weights=weights, **self._learnt(job, curve))
 
     def _tuned(self, job: PolicyChild) -> Doing:
         """As `Worker.make` does it for classifiers."""
         spec = job.spec
         model = self.build(seed=0)
-        model.load_state_dict(self.parent)
+        model.load_state_dict({k: v for k, v in self.parent.items() if k != MOMENTS})
         actor = model.get_submodule("actor")
         body = self.anatomy(actor, spec)
         child = spawning.spawn_weights(_actors(self.parent), body, spec)
         actor.load_state_dict(child.weights)
         tuned = acting.topology(spec, child.subnetwork, body, dict(actor.named_parameters()))
         assert tuned is not None, spec.method
-        curve = yield from self.learn(
-            job, model, job.env, job.ppo, spec.training_seed, topology=tuned
+        curve, _ = yield from self.learn(
+            *(job, model, job.env, job.ppo, spec.training_seed),
+            topology=tuned,
+            moments=self.parent.get(MOMENTS),
         )
         masks = {name: mask.cpu() for name, mask in tuned.masks.items()}
         if anneals(spec):
@@ -149,8 +154,17 @@ class PolicyWorker(Worker):
         seed: int,
         *,
         topology: Topology | None = None,
-    ) -> Generator[Epoch | Note, None, list[Iteration]]:
-        """PPO from the job's last checkpoint on; returns every iteration since its start."""
+        moments: Tensor | None = None,
+    ) -> Generator[Epoch | Note, None, tuple[list[Iteration], Tensor | None]]:
+        """PPO from the job's last checkpoint on.
+
+        Args:
+            moments: of the returns by which rewards were divided where the critic learnt: a fresh
+                estimate would be of another scale than the critic.
+
+        Returns:
+            Every iteration since its start, and the moments now; None if rewards stay as they are.
+        """
         gamma = settings.gamma if settings.normalize_reward else None
         envs = Environments(env, derive(seed, "train"), gamma=gamma)
         try:
@@ -162,6 +176,8 @@ class PolicyWorker(Worker):
                 ppo.restore_training_state(model, optimizer, envs, state, said.append)
                 curve.extend(read_curve(state["curve"].numpy().tobytes()))
 
+            if moments is not None and envs.normaliser:
+                envs.normaliser.moments = moments.numpy()
             start, _, earlier = load_checkpoint(self.folder, job, go_back, said.append, topology)
             for line in said:
                 yield self._trouble(job, line)
@@ -197,7 +213,8 @@ class PolicyWorker(Worker):
                             yield self._trouble(job, f"no checkpoint: {why}; it goes on without")
                 yield _told(job, curve)
             self._timings["train"] = time.time() - began
-            return curve
+            scale = envs.normaliser
+            return curve, torch.from_numpy(scale.moments) if scale else None
         finally:
             envs.close()
 

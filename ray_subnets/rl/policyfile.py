@@ -170,6 +170,10 @@ class PolicyConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> PolicyConfig:
         ppo.iterations(self.ppo, self.env.num_envs)
+        for key in ("levels", "choose", "combine"):
+            named = getattr(self.evaluate, key) or ()
+            if len(set(named)) < len(named):
+                raise ValueError(f"evaluate.{key}: {', '.join(named)}: name each once")
         labels = [group.label for group in self.children if group.name is not None]
         for label in labels:
             if labels.count(label) > 1 or label in ("parent", "random", "all"):

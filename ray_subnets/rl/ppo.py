@@ -210,6 +210,7 @@ def collect(
         _, rewards[t], terminated, truncated, cut = envs.advance(actions[t], place)
         np.logical_or(terminated, truncated, out=ended[t])
         if cut:
+            envs.check_final(cut)
             final = torch.from_numpy(np.stack(list(cut.values()))).to(device)
             cut_values[t, list(cut)] = settings.gamma * critic(final).cpu().numpy()
     envs.check(observations)

@@ -33,6 +33,11 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
 }
 """mode -> game -> returns that count as 0 and as 1 (the same, appendix C): of a policy that sees
 nothing, and the largest that can be had, or that was had"""
+_ONLY = {
+    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
+    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+}
+"""modes that not every game has: it ends the process where one has not"""
 NO_PROCGEN = (
     "env: ProcGen's games need the package procgen-mirror; install ray_subnets[rl] (0.10.7 is "
     "there for Python 3.11 and 3.12 on x86-64 Linux, and needs numpy < 2, pyarrow < 26)"
@@ -62,6 +67,11 @@ class ProcgenSimulator:
     ) -> None:
         if game not in GAMES:
             raise ValueError(f"env.id: ProcGen has no game {game!r}; it has {', '.join(GAMES)}")
+        if distribution_mode in _ONLY and game not in _ONLY[distribution_mode]:
+            raise ValueError(
+                f"env.distribution_mode: {game} has no {distribution_mode}; that is of "
+                f"{', '.join(_ONLY[distribution_mode])}"
+            )
         make = _procgen()
         try:
             self._env = make(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -151,9 +152,20 @@ class GymnasiumSimulator:
         self._level[i] = level
         self._actions[i] = array("q")
         try:
-            return self._encode(self._envs[i].reset(seed=level)[0])
+            first, _ = self._envs[i].reset(seed=level)
+            return self._shaped(self._encode(first))
         except (Exception, SystemExit) as error:  # whatever a user's code raises
             raise self._told("reset", error) from error
+
+    def _shaped(self, frame: Array) -> Array:
+        """Is it of the shape that its space promises? Looked at once an episode: NumPy would spread
+        one number over all."""
+        if np.shape(frame) != self.frame_shape:
+            raise ValueError(
+                f"env.id: {self._id} gave an observation of shape {np.shape(frame)}, where its "
+                f"observation_space has {self.frame_shape}"
+            )
+        return frame
 
     def _told(self, what: str, error: BaseException) -> ValueError:
         """What a user's environment raised, as one line; once."""
@@ -179,6 +191,8 @@ class GymnasiumSimulator:
         try:
             for i, (env, kept, action) in enumerate(each):
                 frame, reward, end, cut, _ = env.step(action)
+                if not kept:
+                    self._shaped(encode(frame))
                 kept.append(action)
                 rewards[i] = reward
                 frames[i] = encode(frame)
@@ -219,19 +233,31 @@ class GymnasiumSimulator:
         self._actions = [array("q", part.tolist()) for part in np.split(actions, cuts)]
         frames, lost = np.empty_like(self._frames), []
         for i, env in enumerate(self._envs):
-            frame = env.reset(seed=int(self._level[i]))[0]
-            for action in np.array(self._actions[i]):
-                frame = env.step(action)[0]
-            frames[i] = self._encode(frame)
-            if not np.array_equal(frames[i], state["frames"][i]):
+            if not self._replayed(i, env, frames, state["frames"][i]):
                 lost.append(i)
                 frames[i] = self._begin(i)
         self._frames = frames
         return frames, lost
 
+    def _replayed(self, i: int, env: Any, frames: Array, then: Array) -> bool:
+        """Bring an environment to where it was, if the same actions lead it there."""
+        over = False
+        try:
+            frame = env.reset(seed=int(self._level[i]))[0]
+            for action in np.array(self._actions[i]):
+                if over:
+                    return False
+                frame, _, end, cut, _ = env.step(action)
+                over = end or cut
+            frames[i] = self._encode(frame)
+        except (Exception, SystemExit):  # whatever a user's code does where it went another way
+            return False
+        return not over and np.array_equal(frames[i], then)
+
     def close(self) -> None:
         for env in self._envs:
-            env.close()
+            with suppress(Exception):  # a user's code; nothing that counts is left to be done
+                env.close()
 
 
 def _encoder(id: str, spaces: Any, space: Any) -> tuple[tuple[int, ...], Callable[[Any], Array]]:
