@@ -44,6 +44,11 @@ def named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def as_tuple(value: Any) -> Any:
+    """A list as the tuple that a section takes, where it was read before it is validated."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class DataSection(Section):
     name: str
     """digits, fashion_mnist, spirals, mnist, cifar10, cifar100, npz, imagefolder, imagenet, or
@@ -64,10 +69,12 @@ class DataSection(Section):
     """default: the largest training label plus one; for spirals the number of arms, default 3"""
     noise: NonNegative | None = None
     """spirals: standard deviation in the plane, where they reach out to 3; default 0.15"""
-    mean: tuple[float, ...] | None = None
+    mean: Annotated[tuple[float, ...] | None, BeforeValidator(as_tuple)] = None
     """of each channel of uint8 images, from 0 to 1, as a trained network saw them; default the
     training images' own, or the published one"""
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...] | None, BeforeValidator(as_tuple)] = (
+        None
+    )
     """the same: standard deviations; mean: [0] and std: [1] are pixels / 255"""
     crop: Annotated[int, Field(ge=0, le=64)] = 0
     """pixels of padding before a random crop"""

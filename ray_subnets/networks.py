@@ -114,15 +114,18 @@ class Whole:
 
     def settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of children that leaves them alone; one that removes units is left as it is."""
+        given = group.get("whole", ())
         if group.get("structure", "weight") not in ("weight", "layer"):
             return group
+        if not isinstance(given, list | tuple):
+            return group  # what is checked next says so
         more = list(self.frozen)
         settings = dict(group)
         if self.head is not None and not group.get("mask_classifier"):
             more.append(self.head)
             settings["mask_classifier"] = True  # the layer that was registered last is another
         if more:
-            settings["whole"] = list(dict.fromkeys([*group.get("whole", ()), *more]))
+            settings["whole"] = list(dict.fromkeys([*given, *more]))
         return settings
 
 

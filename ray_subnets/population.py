@@ -309,13 +309,18 @@ class Worker:
             frozen = [name for name, learns in grads.items() if not learns]
             self._unexpected = head, frozen if any(grads.values()) else []
         head, frozen = self._unexpected
-        found = []
-        if head in body.shapes and not spec.mask_classifier:
-            found.append(f"{head} gives the outputs and is masked; keep it: whole: [{head}]")
-        frozen = [name for name in frozen if name in body.shapes]
+        found, units = [], bool(body.units)
+        masked = {name for one in body.units for name in one.rows} if units else {*body.shapes}
+        if head in masked and not spec.mask_classifier:
+            # As the layer registered last is taken for it, that one is to be masked in its place.
+            how = "" if units else f"; keep it: mask_classifier: true, whole: [{head}]"
+            found.append(f"{head} gives the outputs and is masked{how}")
+        frozen = [name for name in frozen if name in masked]
         if frozen:
             some = f"{frozen[0]}{f' and {len(frozen) - 1} more' if frozen[1:] else ''}"
-            found.append(f"frozen weights are masked: {some}; keep them by whole: [PATTERN]")
+            others = masked - {*frozen, head}
+            how = "; keep them by whole: [PATTERN]" if others and not units else ""
+            found.append(f"frozen weights are masked: {some}{how}")
         return tuple(found)
 
     def train(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from ray_subnets.data import Data, Preprocess, Split, check_alike, check_split
+from ray_subnets.data import Data, Preprocess, Split, check_alike, check_split, content_of
 from ray_subnets.inputs import WHOLE, is_whole
 from ray_subnets.items import Items, as_input, read
 
@@ -249,12 +249,11 @@ def assemble(
 
 
 def digest(data: Data) -> str:
-    """Tells data sets apart: SHA-256 of labels, and of inputs that are in memory."""
+    """Tells data sets apart: SHA-256 of labels and of inputs, see `data.content_of`."""
     total = hashlib.sha256(repr((data.preprocess, data.crop, data.flip)).encode())
     for split in (data.train, data.validation, data.test):
         images = split.images
         total.update(f"{tuple(images.shape)} {images.dtype}".encode())
         total.update(split.labels.numpy().tobytes())
-        if isinstance(images, Tensor):
-            total.update(images.contiguous().numpy().tobytes())
+        total.update(content_of(images))
     return total.hexdigest()

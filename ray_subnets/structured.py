@@ -17,6 +17,7 @@ of each channel by itself (batch, not layer). `coupled_units` tries it out and r
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -319,12 +320,16 @@ def remove(model: nn.Module, units: Iterable[Coupled], kept: Kept) -> nn.Module:
 
 
 def channels_last_is_safe(model: nn.Module) -> bool:
-    """Whether channels last would not corrupt memory on CPUs.
+    """Whether convolutions of images are all there are, and channels last would not corrupt memory
+    on CPUs.
 
     The weight gradient of a strided 1x1 convolution with fewer input channels than a vector
     register holds writes past its buffer in this format (oneDNN issue 6035, open; seen here with
     torch 2.15 as aborts and hangs).
     """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    if any(tensor.dim() == 5 for tensor in tensors):  # torch refuses them
+        return False
     return not any(
         isinstance(module, nn.Conv2d)
         and max(module.stride) > 1

@@ -154,7 +154,7 @@ def dashboard(
 
     Lists them, serves their pages, links Ray's own dashboard of a sweep that runs here, and starts
     TensorBoard (curves, and the HParams view of a sweep's trials). Both of those are in the extra
-    dashboard: pip install 'ray_subnets[dashboard]'.
+    dashboard: pip install 'ray_subnets\\[dashboard]'.
     """
     from contextlib import suppress
 

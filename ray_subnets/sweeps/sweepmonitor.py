@@ -47,7 +47,9 @@ class Monitor:
         self.slots = 1
         for values in sweep.cells():
             self._cell(values)
-        for old in self._earlier():
+        earlier = self._earlier()
+        self._times: dict[str, float] = earlier.get("seconds", {})  # until a cell ends here
+        for old in earlier.get("trials", []):
             cell = self._cell(old["values"])
             if old.get("lost"):  # its machine was to blame: it is done again
                 continue
@@ -57,15 +59,15 @@ class Monitor:
                 # A search that was killed may or may not take this cell up again.
                 cell["status"] = "stopped"
 
-    def _earlier(self) -> list[dict[str, Any]]:
-        """Trials in `sweep.json`, if there is a sound one."""
+    def _earlier(self) -> dict[str, Any]:
+        """`sweep.json`, if there is a sound one."""
         if not self.folder.exists(RECORD):
-            return []
+            return {}
         try:
-            trials: list[dict[str, Any]] = self.folder.read_json(RECORD)["trials"]
+            record: dict[str, Any] = self.folder.read_json(RECORD)
+            return record if isinstance(record["trials"], list) else {}
         except (ValueError, KeyError, TypeError):
-            return []  # the trials' own files are what counts
-        return trials
+            return {}  # the trials' own files are what counts
 
     def _cell(self, values: Mapping[str, Any]) -> dict[str, Any]:
         id = cell_id(values)
@@ -149,6 +151,8 @@ class Monitor:
 
         The last is counted over all workers, from when each had a trial to the last trial's end.
         """
+        if not self._ended and self._times:
+            return self._times
         beyond, cells = 0.0, 0
         if self._warm:
             since, work, before = self._warm
@@ -156,7 +160,7 @@ class Monitor:
             cells = self._ended - before
         return {
             "clock": time.time() - self._began,
-            "trials": self._last - self._first,
+            "trials": max(0.0, self._last - self._first),
             "work": self._work,
             "slots": self.slots,
             "beyond_per_trial": max(0.0, beyond / max(1, cells)),
