@@ -8,8 +8,11 @@ import inspect
 import site
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+_HERE = Path(__file__).resolve().parent
 
 
 def is_own(module: str) -> bool:
@@ -27,10 +30,21 @@ def is_own(module: str) -> bool:
         return True  # the import says what is wrong
     if spec is None or not spec.origin:
         return True
+    return is_own_file(spec.origin)
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    """Where Python's library and installed packages are."""
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths |= {*site.getsitepackages(), site.getusersitepackages()}
-    origin = Path(spec.origin).resolve()
-    return not any(origin.is_relative_to(Path(path).resolve()) for path in paths)
+    return tuple(Path(path).resolve() for path in paths)
+
+
+def is_own_file(name: str) -> bool:
+    """Is a file of code the user's: not installed, and not of this package?"""
+    path = Path(name).resolve()
+    return not any(path.is_relative_to(place) for place in (*_installed(), _HERE))
 
 
 def check_name(path: str) -> None:

@@ -61,6 +61,7 @@ from ray_subnets.stored import (
     save_checkpoint,
     store_result,
 )
+from ray_subnets.strangers import is_theirs, raised
 from ray_subnets.supervised import Diverged
 from ray_subnets.topology import Topology
 
@@ -142,6 +143,10 @@ class Worker:
                 if not self._unsure:
                     with suppress(WriteFailed):  # it will be found to diverge again
                         store_result(self.folder, job, result)
+            except Exception as error:  # whatever a user's network or data set raises
+                if isinstance(error, ValueError) or not is_theirs(error):
+                    raise
+                raise ValueError(f"{job.id}: your code raised {raised(error)}") from error
             if self.primary and not self._unsure:
                 with suppress(WriteFailed):  # a checkpoint that stays takes space, no more
                     self.folder.remove(checkpoint_name(job))

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_subnets"
 # From the ground up; a module may import only what stands before it.
 FLOORS = [
     ["rl", "benchmark", "sweeps", "commands", "shifts", "serving"],
-    ["memory", "pages", "serving.requested", "inputs", "strangers", "own_code"],
-    ["commands.options"],
+    ["memory", "pages", "serving.requested", "inputs", "own_code"],
+    ["strangers", "commands.options"],
     ["serving.webapp"],
     [
         *["recipes", "flat", "schedules", "selection", "metrics", "environment", "draws"],
