@@ -97,9 +97,48 @@ class Numbered(Corridor):
         return super().step(action - 1)
 
 
+class Strict(Corridor):
+    """Goes its own way each time, and takes no step after its end."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self._left = 2 + next(_TICKS) % 3
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        assert self._left > 0, "step after the end"
+        self._left -= 1
+        self._at = 0
+        seen, reward, _, _, info = super().step(action)
+        return seen, reward, self._left == 0, False, info
+
+
+class Narrow(Corridor):
+    """Gives one number where two are promised, from its first step on."""
+
+    def step(self, action: Any) -> Any:
+        seen, *rest = super().step(action)
+        return seen[:1], *rest
+
+
+class Unsaid(Corridor):
+    """Gives three numbers where two are promised."""
+
+    def _see(self) -> Any:
+        return np.zeros(3, np.float32)
+
+
+class Leaving(Corridor):
+    """Its last observation, when it is cut off, is not a number."""
+
+    def _see(self) -> Any:
+        self._seen = 0 if self._at == 0 and not hasattr(self, "_seen") else self._seen + 1
+        return np.array([np.nan if self._seen % 6 == 5 else 0.0, 1.0], np.float32)
+
+
 for _name, _kind in (
     *(("Corridor", Corridor), ("Picture", Picture), ("Graph", Graph)),
     *(("Steering", Steering), ("Numbered", Numbered), ("Blind", Blind), ("Wide", Wide)),
-    ("Lost", Lost),
+    *(("Lost", Lost), ("Strict", Strict), ("Narrow", Narrow), ("Unsaid", Unsaid)),
+    ("Leaving", Leaving),
 ):
     gymnasium.register(id=f"{_name}-v0", entry_point=_kind, max_episode_steps=5)

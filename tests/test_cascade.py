@@ -12,9 +12,12 @@ from test_api import TRAIN, TUNE, VAL, Net, make
 from torch import Tensor, nn
 
 import ray_subnets as rs
-from ray_subnets import cascade, metrics
-from ray_subnets.cascade import NEVER, Cascade, Point
+from ray_subnets import cascade, datasets, members, metrics, models
+from ray_subnets.baselines.independent import Independent
+from ray_subnets.cascade import NEVER, Cascade, Point, load_cascade
+from ray_subnets.checkpoints import RunFolder
 from ray_subnets.combining import combine
+from ray_subnets.config import ModelSection
 from ray_subnets.ensembles import Ensemble
 
 
@@ -179,3 +182,24 @@ def test_what_cannot_be_a_cascade(logits: Tensor) -> None:
         Cascade(of(logits, "logits"), 0.5)
     with pytest.raises(ValueError, match="no temperature was fitted"):
         Cascade(of(logits), 0.5, calibrated=True)(INPUTS)
+
+
+def test_members_of_other_methods_are_saved_as_they_were_taken(tmp_path: Path) -> None:
+    data = datasets.load("digits")
+    networks = [
+        models.build("mlp", data.input_shape, data.num_classes, {}, seed=i) for i in range(4)
+    ]
+    folder = RunFolder.create(tmp_path / "all")
+    members.write_method(folder, ModelSection(name="mlp"), data, Independent(), networks)
+    whole, x = members.load(tmp_path / "all"), data.test.images[:20]
+    few = whole.take(["003", "001"])
+    few.save(tmp_path / "few")
+    again = members.load(tmp_path / "few")
+    assert again.ids == ("003", "001")
+    assert torch.equal(again(x), few(x))
+    fitted = Cascade.fit(whole, data.validation.images, data.validation.labels, keep=0.5)
+    fitted.save(tmp_path / "cascade")
+    loaded = load_cascade(tmp_path / "cascade")
+    assert loaded.ensemble.ids == fitted.ensemble.ids
+    for one, other in zip(fitted.predict(x), loaded.predict(x), strict=True):
+        assert torch.equal(one, other)

@@ -267,6 +267,55 @@ def test_an_observation_that_is_not_finite_is_named() -> None:
 
 
 @gymnasium_only
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_episode_that_ends_elsewhere_when_played_again_begins_anew(processes: int) -> None:
+    stopped = Environments(env("Strict-v0", processes=processes), seed=0)
+    stopped.reset()
+    walk(stopped, 7)
+    again, told = Environments(env("Strict-v0", processes=processes), seed=0), list[str]()
+    again.restore(stopped.state(), told.append)
+    assert again.observations is not None
+    walk(again, 7)
+    for envs in (stopped, again):
+        envs.close()
+
+
+@gymnasium_only
+@pytest.mark.parametrize(("id", "shape"), [("Narrow-v0", "1"), ("Unsaid-v0", "3")])
+def test_an_observation_of_another_shape_is_named(id: str, shape: str) -> None:
+    envs = Environments(env(id), seed=0)
+    told = rf"env\.id: {id} gave an observation of shape \({shape},\), where .* has \(2,\)"
+    begin = [lambda: envs.reset(), lambda: envs.step(np.array([0, 1]))]
+    if id == "Narrow-v0":
+        begin.pop(0)()
+    with pytest.raises(ValueError, match=told):
+        begin[0]()
+
+
+@gymnasium_only
+def test_a_reward_that_is_too_large_to_learn_from_is_named() -> None:
+    envs = Environments(env(options={"bad": 1e300}), seed=0)
+    envs.reset()
+    envs.step(np.array([1, 0]))
+    with pytest.raises(ValueError, match=r"the reward 1e\+300 in environment 0, step 2"):
+        envs.step(np.array([1, 0]))
+
+
+@gymnasium_only
+def test_settings_of_the_other_kind_are_refused() -> None:
+    for setting, line in (
+        ({"threads": 2}, r"env\.threads: is for ProcGen"),
+        ({"distribution_mode": "hard"}, r"env\.distribution_mode: is for ProcGen"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            Environments(env(**setting), seed=0)
+    with pytest.raises(ValueError, match=r"env\.processes: ProcGen has threads"):
+        Environments(env("procgen/coinrun", processes=2), seed=0)
+    with pytest.raises(ValueError, match=r"env\.distribution_mode: coinrun has no memory; .* maze"):
+        Environments(env("procgen/coinrun", distribution_mode="memory"), seed=0)
+
+
+@gymnasium_only
 def test_channels_are_the_smallest_side() -> None:
     envs = Environments(env("Wide-v0"), seed=0)
     assert envs.observation_shape == (2, 8, 8)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
-from ray_subnets import masks, spawning
+from ray_subnets import masks, models, spawning
 from ray_subnets.models import actor_critic
 from ray_subnets.rl import policies, policy_sweep
 from ray_subnets.rl.policies import Played
@@ -159,3 +161,24 @@ def test_differences_are_paired_and_their_interval_is_of_the_mean() -> None:
     assert found.better + found.worse == found.pairs == 200
     assert found == policies.paired(one, other)
     assert found.low != policies.paired(one, other, seed=1).low
+
+
+def test_a_policy_can_be_sent_copied_and_changed() -> None:
+    actor = models.build("mlp", (3,), 2, {"hidden": [4], "activation": "tanh"}, 0)
+    policy, x = policies.Ensemble([actor]), torch.ones(2, 3)
+    before = policy(x)
+    assert torch.equal(pickle.loads(pickle.dumps(policy))(x), before)
+    copied = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in copied.actors[0].parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), torch.full((2, 2), 0.5, dtype=torch.float64))
+    assert torch.equal(policy(x), before)
+
+
+@gymnasium_only
+def test_a_policy_that_answers_with_nan_is_told() -> None:
+    env = Env(id="Lost-v0", num_envs=2, frame_stack=1)
+    policy = policies.Ensemble([models.build("mlp", (2,), 2, {"hidden": [4]}, 0)])
+    with pytest.raises(ValueError, match=r"env\.id: a policy answers an observation of Lost-v0"):
+        policies.play(policy, env, seed=0)

@@ -15,6 +15,7 @@ from tiny import equal, numbers
 
 import ray_subnets
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.models import actor_critic
 from ray_subnets.pools import SerialPool
 from ray_subnets.recipes import Epoch, Result
 from ray_subnets.rl import (
@@ -25,6 +26,7 @@ from ray_subnets.rl import (
     policy_worker,
     policyfile,
 )
+from ray_subnets.rl.envs import RunningReturn
 from ray_subnets.rl.policies import Played
 from ray_subnets.rl.policy_jobs import Member, Player, split
 from ray_subnets.rl.policy_recipes import Env
@@ -84,6 +86,7 @@ def run_policy(config: PolicyConfig, folder: RunFolder, **how: Any) -> dict[str,
         ("evaluate.episodes=9", "evaluate.episodes: input should be greater than or equal to 10"),
         ("evaluate.levels=[unseen] env.num_levels=0", "env.num_levels: with all levels in train"),
         ("children.0.name=parent", "children.name: 'parent' is taken"),
+        ("evaluate.combine=[vote,vote]", "evaluate.combine: vote, vote: name each once"),
     ],
 )
 def test_what_is_wrong_with_settings_is_one_line(override: str, line: str) -> None:
@@ -305,6 +308,53 @@ def test_sparse_children_stay_sparse_and_are_stored_as_such(
         if name.endswith("weight"):
             assert not ((first[name] != 0) & (second[name] != 0)).any(), "two halves of one draw"
             assert (first[name] != 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_children_are_tuned_on_the_parents_scale_of_rewards(
+    finished: tuple[RunFolder, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its critic knows no other; what the scale is stands beside its weights."""
+    folder, record = finished
+    tensors = folder.load_tensors("parent.safetensors")
+    moments = tensors[policy_worker.MOMENTS]
+    assert moments.tolist()[2] == pytest.approx(128, abs=0.01)
+    assert record["parent"]["weights"]["file"] == "parent.safetensors"
+    doing = worker(picture(), RunFolder.create(tmp_path / "other"))
+    began: list[list[float]] = []
+
+    class Seen(RunningReturn):
+        def __call__(self, *given: Any) -> Any:
+            began.append(self.moments.tolist())
+            return super().__call__(*given)
+
+    doing.parent = tensors
+    job = next(job for job in picture().child_jobs() if job.id.startswith("sparse"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray_subnets.rl.envs.RunningReturn", Seen)
+        patch.setattr(policy_worker, "load_checkpoint", lambda *given: (0, 0, 0.0))
+        assert list(doing._tuned(job))
+    assert began[0] == moments.tolist()
+
+
+def test_networks_of_users_keep_the_weights_they_are_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_actor.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes):\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Tanh(), "
+        "nn.Linear(8, num_classes))\n"
+        "    nn.init.constant_(net[1].weight, 0.25)\n"
+        "    return net\n"
+        "def fixed():\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = actor_critic.build("mine_actor:make", (4,), 2, {}, 0)
+    for network in (made.actor, made.critic):
+        assert bool((network.get_parameter("1.weight") == 0.25).all())
+    with pytest.raises(ValueError, match=r"model: 'mine_actor:fixed' makes the critic too"):
+        actor_critic.build("mine_actor:fixed", (4,), 2, {}, 0)
 
 
 def test_the_policy_that_is_kept_plays_as_in_the_record(

@@ -108,6 +108,41 @@ def test_losses_as_worked_out_by_hand() -> None:
     assert float(one.clip_fraction) == 1.0
 
 
+def test_values_are_clipped_where_that_is_asked() -> None:
+    one = ppo.losses(
+        torch.zeros(1, 2),
+        values=torch.tensor([1.0]),
+        actions=torch.tensor([0]),
+        old_log_probs=torch.tensor([0.5]).log(),
+        old_values=torch.tensor([0.5]),
+        advantages=torch.ones(1),
+        returns=torch.tensor([2.0]),
+        clip=0.2,
+        clip_value=None,
+    )
+    assert float(one.value) == pytest.approx(0.5)  # (1 - 2)^2 / 2, and not (0.7 - 2)^2 / 2
+
+
+def test_actions_that_must_not_be_taken_leave_numbers() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0), -math.inf]], requires_grad=True)
+    one = ppo.losses(
+        logits,
+        values=torch.zeros(1),
+        actions=torch.tensor([1]),
+        old_log_probs=torch.tensor([0.75]).log(),
+        old_values=torch.zeros(1),
+        advantages=torch.ones(1),
+        returns=torch.zeros(1),
+        clip=0.2,
+        clip_value=0.2,
+    )
+    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert float(one.entropy.detach()) == pytest.approx(expected)
+    (one.policy - one.entropy).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_clipped_samples_have_no_gradient() -> None:
     logits = torch.zeros(2, 2, requires_grad=True)
     one = ppo.losses(
@@ -220,18 +255,61 @@ def test_without_modules_a_network_is_the_same(activation: str) -> None:
     assert torch.equal(plain(x), network(x))
 
 
+def hooked(layer: nn.Module | None = None) -> nn.Module:
+    network = nn.Sequential(nn.Linear(3, 2))
+    (layer or network).register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    return network if layer is None else nn.Sequential(layer)
+
+
 @pytest.mark.parametrize(
     "network",
     [
+        hooked(),
+        hooked(nn.Linear(3, 2)),
         nn.Linear(3, 2),
         nn.Sequential(nn.Linear(3, 2), nn.Dropout()),
         nn.Sequential(nn.Flatten(), type("Mine", (nn.Linear,), {})(3, 2)),
         type("Chain", (nn.Sequential,), {})(nn.Linear(3, 2)),
     ],
-    ids=["layer", "dropout", "own layer", "own chain"],
+    ids=["hook", "hook of a layer", "layer", "dropout", "own layer", "own chain"],
 )
 def test_other_networks_are_asked_as_they_are(network: nn.Module) -> None:
     assert without_modules(network) is network
+
+
+@gymnasium_only
+def test_layers_that_draw_or_look_around_act_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout is the same in every process that trains, and one environment is enough for batch
+    normalisation; who acts does not depend on who acts beside it."""
+    settings = replace(SMALL, total_steps=3 * 32, num_minibatches=2)
+    found = []
+    for before in (0, 5):
+        torch.manual_seed(before)
+        envs = Environments(replace(CART, num_envs=1), 0)
+        layers = lambda outputs: nn.Sequential(  # noqa: E731
+            *(nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3)),
+            nn.Linear(16, outputs),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = actor_critic.ActorCritic(layers(2), layers(1))
+        optimizer = ppo.make_optimizer(model, settings)
+        for _ in ppo.train(model, envs, settings, optimizer, seed=3):
+            pass
+        found.append({k: v.clone() for k, v in model.state_dict().items()})
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+@gymnasium_only
+def test_a_last_observation_that_is_not_a_number_is_named() -> None:
+    envs = Environments(Env(id="Leaving-v0", num_envs=1, frame_stack=1), 0)
+    envs.reset()
+    settings = replace(SMALL, num_steps=8)
+    actor = lambda x: (torch.tensor([[50.0, 0.0]]).expand(len(x), 2), None)  # noqa: E731
+    critic = lambda x: torch.zeros(len(x))  # noqa: E731
+    with pytest.raises(ValueError, match=r"Leaving-v0 gave a last observation .*environment 0, st"):
+        ppo.collect(actor, critic, envs, settings, torch.Generator(), ppo.Episodes())
 
 
 def test_masks_of_the_actor_act_in_a_rollout() -> None:

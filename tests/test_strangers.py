@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import ray_subnets as rs
 from ray_subnets import configfile, datasets, driver, flops, models, table
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.data import some
+from ray_subnets.data import Data, Preprocess, Split, some
 
 X, Y = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
 METHOD, TUNE = rs.Sparse(sparsity=0.5), rs.OneCycle(epochs=1)
@@ -334,3 +334,159 @@ def test_only_one_problem_is_one() -> None:
     group = "{method: sparse, count: 1, sparsity: 1.5, tune: {epochs: 1}}"
     with pytest.raises(ValueError, match=r"sparsity: .*, not 1\.5$"):
         configfile.parse(TINY, "tiny", [f"children=[{group}]"])
+
+
+# --- networks of all kinds ------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(6, 8, batch_first=True), nn.Linear(8, 3)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(x)[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_cost_what_they_multiply(kind: type[nn.RNNBase], gates: int) -> None:
+    mkldnn = torch.backends.mkldnn.enabled
+    cost = flops.forward_cost(Recurrent(kind), (5, 6))
+    assert cost.total == 5 * 2 * gates * 8 * (6 + 8) + 2 * 8 * 3
+    assert torch.backends.mkldnn.enabled == mkldnn
+
+
+def test_a_module_under_two_names_costs_what_it_is_called() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(6, 6))
+            self.second, self.head = self.first, nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.second(self.first(x)))
+            return out
+
+    cost = flops.forward_cost(Twice(), (6,))
+    assert cost.by_weight == {"first.0.weight": 2 * 2 * 36, "head.weight": 2 * 18}
+    assert cost.nonzero({"first.0.weight": 0.5}) == cost.total - 72
+
+
+def test_volumes(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        *(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 1), nn.AdaptiveAvgPool3d(1)),
+        *(nn.Flatten(), nn.Linear(4, 3)),
+    )
+    x, y = torch.randn(30, 1, 4, 4, 4), torch.arange(30) % 3
+    made = rs.ensemble(
+        *(model, (x, y), (x, y)), method=METHOD, children=2, tune=TUNE, progress=False
+    )
+    assert made(x).shape == (30, 3)
+
+
+def test_a_last_batch_of_one_is_left_out_where_it_has_no_variance() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(33, 6), torch.arange(33) % 3
+    made = rs.ensemble(
+        *(model, (x, y), (x, y)),
+        method=METHOD,
+        children=2,
+        tune=rs.OneCycle(epochs=1, batch_size=16),
+        progress=False,
+    )
+    assert made.record is not None
+    assert {child["images"] for child in made.record["children"]} == {32}
+
+
+def test_a_vote_of_one_from_python_is_what_it_thinks() -> None:
+    one = make(combine="vote", select={"count": 1})
+    model = one.members[0]
+    expected = model(X).double().softmax(1).float()
+    assert torch.equal(one(X), expected)
+    assert torch.equal(one.predict(X).probabilities.float(), expected)
+    assert len(set(make(combine="vote")(X)[:, 0].tolist())) <= 3  # two voters: 0, 1/2 and 1
+
+
+def test_tuples_as_the_signature_has_them() -> None:
+    method = rs.Stochastic(
+        sparsity=0.5, probabilities="mixture", mixture=(0.25, 0.1, 0.75, 0.1), anneal_epochs=1
+    )
+    assert len(make(method=method).members) == 2
+    assert len(make(method=rs.Sparse(sparsity=0.5, whole=("2.*",))).members) == 2
+
+
+def test_inputs_of_another_type_are_told(ensemble: rs.Ensemble) -> None:
+    for x in (X.long(), X > 0):
+        with pytest.raises(ValueError, match=r"x: inputs are floating point.*, not torch\."):
+            ensemble(x)
+
+
+def test_a_name_with_a_bracket_is_a_name() -> None:
+    model = nn.Sequential()
+    model.add_module("a[0]", nn.Linear(6, 8))
+    model.add_module("b", nn.Linear(8, 8))
+    model.add_module("c", nn.Linear(8, 3))
+    model.get_submodule("a[0]").requires_grad_(False)
+    made = make(model)
+    for member in made.members:
+        assert bool((member.get_parameter("a[0].weight") != 0).all())
+        assert float((member.get_parameter("b.weight") != 0).float().mean()) == pytest.approx(0.5)
+
+
+def test_a_network_that_draws_when_it_is_asked_goes_on(tmp_path: Path) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(nn.functional.dropout(self.body(x), 0.5, True))
+            return out
+
+    torch.manual_seed(0)
+    model = Draws()
+    for _ in range(2):
+        assert len(make(model, folder=tmp_path / "a").members) == 2
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_features_that_hardly_change_do_not_explode() -> None:
+    images = torch.randint(0, 255, (50, 3), dtype=torch.uint8)
+    images[:, 1] = 7
+    images[0, 2], images[1:, 2] = 1, 0
+    found = datasets.statistics(images)
+    assert found.std[1:] == (1.0, 1.0)
+    assert found.std[0] > 0.2
+
+
+def test_mean_and_std_from_a_file() -> None:
+    settings = tiny("data.mean=[0]", "data.std=[1]")
+    assert (settings.data.mean, settings.data.std) == ((0.0,), (1.0,))
+    data = driver.load_data(settings)
+    assert (data.preprocess.mean, data.preprocess.std) == ((0.0,), (1.0,))
+    with pytest.raises(ValueError, match=r"data\.std"):
+        tiny("data.mean=[0]", "data.std=[-1]")
+
+
+def test_data_in_bfloat16_and_on_disk_are_told_apart(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __init__(self, sign: float) -> None:
+            self.sign = sign
+
+        def __len__(self) -> int:
+            return len(X)
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return self.sign * X[i] + 0.01 * torch.randn(6), int(Y[i])
+
+    how: dict[str, Any] = {"method": METHOD, "children": 2, "tune": TUNE, "progress": False}
+    first = rs.ensemble(net(), Rows(1.0), (X, Y), folder=tmp_path / "a", **how)
+    again = rs.ensemble(net(), Rows(1.0), (X, Y), folder=tmp_path / "a", **how)
+    assert torch.equal(first(X), again(X))
+    with pytest.raises(ValueError, match=r"folder: .*holds another run"):
+        rs.ensemble(net(), Rows(-1.0), (X, Y), folder=tmp_path / "a", **how)
+    half = Data("half", *[Split(X.bfloat16(), Y)] * 3, 3, Preprocess())
+    assert half.content != Data("half", *[Split(-X.bfloat16(), Y)] * 3, 3, Preprocess()).content

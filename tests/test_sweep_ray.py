@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.search.variant_generator import generate_variants
 from test_sweep import FAILING, NOISE, TINY, numbers, parse, swept
 
 from ray_subnets.checkpoints import RunFolder
@@ -126,6 +127,16 @@ def test_two_sweeps_on_one_ray(session: None, tmp_path: Path) -> None:
         thread.join()
     for name, settings in overrides.items():
         assert plain(found[name]) == plain(swept(tmp_path / f"{name}-alone", *settings))
+
+
+def test_cells_whose_values_are_lists_go_on() -> None:
+    cells = [
+        {"mixture": [0.1, 0.2], "tune": {"lr": 0.1}, "sigma": None},
+        {"mixture": [0.1, 0.3], "tune": {"lr": 0.2}, "sigma": 0.5},
+    ]
+    variants = generate_variants(sweeps.some(cells))
+    assert [sweeps.cell_of(config) for _, config in variants] == cells
+    assert sweeps.cell_of({"sigma": 0.5}) == {"sigma": 0.5}
 
 
 class Evil:
