@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ray_subnets as rs
-from ray_subnets import configfile, datasets, driver, flops, models, table
+from ray_subnets import configfile, datasets, driver, flops, models, supervised, table
 from ray_subnets.checkpoints import RunFolder
-from ray_subnets.data import Data, Preprocess, Split, some
+from ray_subnets.data import Batches, Data, Preprocess, Split, some
+from ray_subnets.recipes import Training
 
 X, Y = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
 METHOD, TUNE = rs.Sparse(sparsity=0.5), rs.OneCycle(epochs=1)
@@ -490,3 +491,35 @@ def test_data_in_bfloat16_and_on_disk_are_told_apart(tmp_path: Path) -> None:
         rs.ensemble(net(), Rows(-1.0), (X, Y), folder=tmp_path / "a", **how)
     half = Data("half", *[Split(X.bfloat16(), Y)] * 3, 3, Preprocess())
     assert half.content != Data("half", *[Split(-X.bfloat16(), Y)] * 3, 3, Preprocess()).content
+
+
+# --- several workers ------------------------------------------------------------------------------
+
+
+def test_several_workers_do_not_stop_alone_and_draw_other_masks() -> None:
+    """One that stopped by itself would leave the others waiting for its gradients."""
+    data = Data("some", *[Split(X, Y)] * 3, 3, Preprocess())
+    training, seen = Training(epochs=1, batch_size=30), list[list[bool]]()
+
+    class Noted(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(torch.ones_like(x))
+            seen.append((out != 0).flatten().tolist())
+            return x * out
+
+    for rank in (0, 1):
+        model = nn.Sequential(nn.Linear(6, 8), Noted(0.5), nn.Linear(8, 3))
+        nn.init.constant_(model[0].weight, torch.nan)
+        batches = Batches(data, 30, 0, rank=rank, world=2)
+        optimizer = supervised.make_optimizer(model, training)
+        (done,) = supervised.train(model, batches, training, optimizer, id="parent", seed=0)
+        assert done.loss != done.loss
+        with pytest.raises(supervised.Diverged, match="parent: the loss is nan in epoch 1"):
+            supervised.check_loss(done)
+    assert seen[:3] != seen[3:]
+    with pytest.raises(supervised.Diverged):
+        list(
+            supervised.train(
+                *(model, Batches(data, 30, 0), training, optimizer), id="parent", seed=0
+            )
+        )
