@@ -20,7 +20,8 @@ class Prediction:
     """`(N,)` nats, of the probabilities: how unsure the answer is"""
     mutual_information: Tensor
     """`(N,)` nats, between the class and which member answers: what members disagree about; the
-    part of the entropy that is large where they never saw anything alike; 0 for one member"""
+    part of the entropy of their mean, uncalibrated, that is large where they never saw anything
+    alike; 0 for one member"""
     disagreement: Tensor
     """`(N,)` fraction of pairs of members that name different classes (eq. 7.3 of one sample)"""
 

@@ -135,7 +135,7 @@ def ensemble(
         where = torch.device("cpu")
     where = _device(device, where)
     check_head(head)
-    _check_settings(crop, flip, preprocess, resources, folder)
+    _check_settings(crop, flip, preprocess, select, resources, folder)
     real = head != "classes"
     given = {
         "train": sources.source("train", train, keep=False, real=real),
@@ -196,7 +196,9 @@ def ensemble(
     return made
 
 
-def _check_settings(crop: Any, flip: Any, preprocess: Any, resources: Any, folder: Any) -> None:
+def _check_settings(
+    crop: Any, flip: Any, preprocess: Any, select: Any, resources: Any, folder: Any
+) -> None:
     """Are these of the right kind? Other arguments are checked where they are used."""
     if isinstance(crop, bool) or not isinstance(crop, int) or not 0 <= crop <= 64:
         raise ValueError(f"crop: must be a whole number of pixels from 0 to 64, not {crop!r}")
@@ -209,6 +211,10 @@ def _check_settings(crop: Any, flip: Any, preprocess: Any, resources: Any, folde
             raise ValueError(
                 "preprocess: must be Preprocess(mean=(...), std=(...)), a number for each channel"
             )
+    if not isinstance(select, Mapping | int | None) or isinstance(select, bool):
+        raise ValueError(
+            f"select: must be a number of members, or a mapping as {{'count': 3}}, not {select!r}"
+        )
     if resources is not None and not isinstance(resources, Mapping):
         raise ValueError(f"resources: must be a mapping, as {{'actors': 2}}, not {resources!r}")
     if folder is not None and not isinstance(folder, str | Path):

@@ -49,6 +49,9 @@ def find(name: str) -> Path:
         if (folder / f"{stem}.yaml").is_file() and path.parent in (Path(), Path("configs")):
             return folder / f"{stem}.yaml"
     shipped = sorted({file.stem for folder in SHIPPED for file in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(stem, shipped, 3)
+    if close:
+        raise ValueError(f"CONFIG: no file {name!r}; did you mean {' or '.join(close)}?")
     raise ValueError(f"CONFIG: no file {name!r}; shipped configs: {', '.join(shipped)}")
 
 
@@ -179,6 +182,8 @@ def parse(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
             f"{source}: sweep: this is a sweep; use 'ray-subnets sweep', or "
             "'ray-subnets run ... --from-sweep' for the run that it chose"
         )
+    if "rows" in record:
+        raise ValueError(f"{source}: rows: this is a benchmark; use 'ray-subnets benchmark'")
     return checked(record, source)
 
 

@@ -127,6 +127,8 @@ class Ensemble(nn.Module):
         if isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
         if not isinstance(x, Tensor):
+            if not hasattr(x, "split"):
+                raise ValueError(f"x: must be a tensor or an array, not {type(x).__name__}")
             return x  # something that is read in parts, with shapes checked before
         shape = self.input_shape
         if shape is not None and tuple(x.shape[1:]) != shape:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,10 @@ def _fits(name: str, pattern: str) -> bool:
 
 @torch.no_grad()
 def output_layer(model: nn.Module, x: Tensor) -> str | None:
-    """The weight of the layer that is asked last for an answer: the classifier, wherever it was
-    registered; None if no layer that may be masked is asked."""
+    """The weight of the classifier, wherever it was registered: of the layer whose output is the
+    answer, or else of the one that is asked last; None if no layer that may be masked is asked."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    asked: list[str] = []
+    asked: list[tuple[str, Tensor]] = []
     training = model.training
     with ExitStack() as hooks:
         for module in model.modules():
@@ -93,14 +94,19 @@ def output_layer(model: nn.Module, x: Tensor) -> str | None:
                 hooks.callback(module.register_forward_hook(note).remove)
         model.eval()
         try:
-            model(x)
+            answer = model(x)
         finally:
             model.train(training)
-    return asked[-1] if asked else None
+    given = [name for name, output in asked if _equal(output, answer)]
+    return given[-1] if given else asked[-1][0] if asked else None
 
 
-def _note(asked: list[str], name: str, *_: object) -> None:
-    asked.append(name)
+def _equal(output: Tensor, answer: object) -> bool:
+    return isinstance(answer, Tensor) and torch.equal(output, answer)
+
+
+def _note(asked: list[tuple[str, Tensor]], name: str, *given: Any) -> None:
+    asked.append((name, given[-1].clone()))
 
 
 def _split(flat: Tensor, shapes: Shapes) -> Masks:

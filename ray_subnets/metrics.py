@@ -26,7 +26,7 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
     A zero probability counts as the smallest positive float64: large, but a number.
     """
     picked = probabilities.double().gather(1, labels[:, None])[:, 0]
-    return float(-picked.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
+    return 0.0 - float(picked.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:

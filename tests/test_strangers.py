@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ray_subnets as rs
-from ray_subnets import configfile, datasets, driver, flops, models, supervised, table
+from ray_subnets import configfile, datasets, driver, flops, metrics, models, supervised, table
 from ray_subnets.checkpoints import RunFolder
 from ray_subnets.data import Batches, Data, Preprocess, Split, some
 from ray_subnets.recipes import Training
@@ -523,3 +523,32 @@ def test_several_workers_do_not_stop_alone_and_draw_other_masks() -> None:
                 *(model, Batches(data, 30, 0), training, optimizer), id="parent", seed=0
             )
         )
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["all", 1.0, ["a"], True])
+def test_a_selection_of_another_kind_is_told(select: Any) -> None:
+    with pytest.raises(ValueError, match=r"select: must be a number of members, or a mapping"):
+        make(select=select)
+
+
+def test_inputs_that_are_no_tensor_are_told(ensemble: rs.Ensemble) -> None:
+    with pytest.raises(ValueError, match="x: must be a tensor or an array, not list"):
+        ensemble.predict([1.0])  # type: ignore[arg-type]
+
+
+def test_the_nearest_name_and_the_right_command_are_told(command: Command) -> None:
+    done = command("run", "quickstrt")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ray-subnets: CONFIG: no file 'quickstrt'; did you mean quickstart?\n",
+    )
+    done = command("run", "benchmark_digits")
+    assert done.returncode == 2
+    assert "rows: this is a benchmark; use 'ray-subnets benchmark'" in done.stderr
+
+
+def test_a_perfect_score_is_zero() -> None:
+    assert str(metrics.nll(torch.eye(3), torch.arange(3))) == "0.0"

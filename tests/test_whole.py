@@ -156,3 +156,23 @@ def test_on_the_command_line_it_is_told_and_set(command: Command, tmp_path: Path
     done = command("run", "kept.yaml", "--serial", "--overwrite", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert told not in " ".join(done.stdout.split())
+
+
+class TwoHeads(nn.Module):
+    """The head that answers is asked before another, and was registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.body, self.aux = nn.Linear(8, 3), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).relu()
+        out: Tensor = self.main(x)
+        self.aux(x)
+        return out
+
+
+def test_the_layer_whose_output_is_the_answer_is_the_classifier() -> None:
+    assert output_layer(TwoHeads(), torch.ones(1, 6)) == "main.weight"
+    behind = nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1))
+    assert output_layer(behind, torch.ones(1, 6)) == "0.weight"
