@@ -67,6 +67,11 @@ class _Draw:
         self._target = sub.target
         plain = spec.probabilities == "temperature" and not spec.two_sided
         self._start = None if plain else probabilities(spec, sub)
+        self._layers = {}  # that come and go whole: one coin for each
+        if spec.structure == "layer":
+            self._layers = {name: mask.shape for name, mask in self._target.items()}
+            self._target = _first(self._target)
+            self._start = None if self._start is None else _first(self._start)
 
     def to(self, device: torch.device) -> None:
         self._target = {name: mask.to(device) for name, mask in self._target.items()}
@@ -75,13 +80,15 @@ class _Draw:
 
     def __call__(self, epoch: float, generator: torch.Generator) -> Masks | None:
         drawn = self._drawn(epoch, generator)
+        if drawn is not None and self._layers:
+            return {name: drawn[name].expand(shape) for name, shape in self._layers.items()}
         if drawn is None or not self._structured:
             return drawn
         # A unit comes back whole.
         return structured.unit_masks(self._body.parameters, self._body.units, drawn)
 
     def _drawn(self, epoch: float, generator: torch.Generator) -> Masks | Kept | None:
-        """Of weights or of units; None: the recipe's own."""
+        """Of weights, layers or units; None: the recipe's own."""
         spec = self._spec
         scale = stochastic.anneal(epoch, start=1.0, epochs=spec.anneal_epochs, shape=spec.anneal)
         if scale == 0:
@@ -109,6 +116,11 @@ class _Draw:
                 begin = float(self._start[name].double().mean())
             found[name] = share + scale * (begin - share)
         return found
+
+
+def _first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One value of each, which stands for all of its layer: `(1, ..., 1)`."""
+    return {name: t.reshape(-1)[:1].view([1] * t.dim()) for name, t in tensors.items()}
 
 
 def _share(mask: Tensor) -> float:

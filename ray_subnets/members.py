@@ -211,7 +211,7 @@ def load(
         run: a run folder or what `Ensemble.save` wrote: a path, or a URI like
             `s3://bucket/runs/quickstart`.
         model: for an ensemble of a network that was given in Python: a network of that kind. Its
-            weights do not matter and are not changed.
+            weights do not matter and are not changed; buffers that it does not save are its own.
         on_demand: make each member when it is asked, and drop it after: in memory there are the
             parent and one child, whatever the number of members. Slower, by the time that it takes
             to read (sparse, stochastic) or draw (noisy) a child.

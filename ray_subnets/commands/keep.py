@@ -91,7 +91,10 @@ def distill(
     from ray_subnets.sweeps.trials import device_here
 
     source = RunFolder.open(run, needs="result.json")
-    RunFolder.check_free(folder)
+    try:
+        RunFolder.check_free(folder)
+    except ValueError as error:
+        raise ValueError(f"{str(error).split('; choose')[0]}; name a new folder") from None
     sys.path.insert(0, str(Path.cwd()))  # the user's own model and data modules
     config = driver.config_of(source)
     torch.set_num_threads(config.resources.threads)
