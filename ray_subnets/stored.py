@@ -106,6 +106,9 @@ def _changed(before: Any, now: Any, key: str = "") -> str | None:
         both = (name for name in before if name in now)
         found = (_changed(before[name], now[name], name) for name in both)
         return next((one for one in found if one), None)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        parts = (_changed(*both, key) for both in zip(before, now, strict=True))
+        return next((one for one in parts if one), None)
     return None if before == now else f"{key} {before}, not {now}"
 
 

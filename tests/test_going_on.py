@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny import run_serial, tiny
 import ray_subnets as rs
 from ray_subnets import checkpoints, datasets
 from ray_subnets.checkpoints import RunFolder
+from ray_subnets.stored import _changed
 from ray_subnets.sweeps.sweepmonitor import Monitor, run_here
 
 from test_strangers import TUNE, X, Y, net  # isort: skip
@@ -154,3 +156,16 @@ def test_two_calls_at_once_on_one_folder(tmp_path: Path) -> None:
     assert len(told) <= 1
     found = rs.load(tmp_path / "a", model=net())
     assert np.isfinite(found(X).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({"a": 1, "old": 2}, {"a": 1, "new": 3}, None),  # of another version of this program
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1, "new": 2}]}, None),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 2}]}, "b 1, not 2"),
+        ({"a": [1]}, {"a": [1, 2]}, "a [1], not [1, 2]"),
+    ],
+)
+def test_what_counts_as_another_setting(before: Any, now: Any, told: str | None) -> None:
+    assert _changed(before, now) == told
