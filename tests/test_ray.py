@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from conftest import Command
 from tiny import TINY, equal, numbers, run_serial, tiny
+from torch import nn
 
 from ray_subnets import driver, table
 from ray_subnets.checkpoints import RunFolder
@@ -24,6 +26,7 @@ from ray_subnets.distributed import pool as pool_
 from ray_subnets.distributed import run as ray_run
 from ray_subnets.distributed.children import pack_data, unpack_data
 from ray_subnets.distributed.devices import Share
+from ray_subnets.distributed.parent import ParentWorker
 from ray_subnets.distributed.pool import RayPool
 from ray_subnets.distributed.visible import take_mark
 from ray_subnets.population import Report, Worker
@@ -323,3 +326,21 @@ def test_an_address_where_nothing_listens(command: Command, tmp_path: Path) -> N
     assert "--address: no Ray cluster at 127.0.0.1:1" in answer.stderr.splitlines()[-1]
     assert "Traceback" not in answer.stderr
     assert not (tmp_path / "runs").exists()  # so that the corrected command is not refused
+
+
+def test_heads_that_only_training_has_are_found(tmp_path: Path) -> None:
+    """Several workers would wait for their gradients for ever."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.aux, self.head = nn.Linear(64, 8), nn.Linear(8, 10), nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            x = self.body(x.flatten(1)).relu()
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    settings = tiny()
+    worker = ParentWorker(settings.task(str(tmp_path)), driver.load_data(settings))
+    assert worker._has_unused(Auxiliary())
+    assert not worker._has_unused(worker.build(0))
