@@ -88,7 +88,7 @@ def test_a_late_node_is_used(tmp_path: Path) -> None:
 
 
 def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
-    settings = tiny("children.1.tune.epochs=60", "single=false")
+    settings = tiny("children.1.tune.epochs=300", "single=false")
     data = driver.load_data(settings)
     folder = RunFolder.create(tmp_path / "run")
     cost = driver.prepare(settings, data, folder)
